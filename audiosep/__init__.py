@@ -1,0 +1,1 @@
+"""Captioned audio in, separated audio out: clips, mixtures, STFTs, the model and its training."""

@@ -1,0 +1,37 @@
+"""The `audiosep` command: one subcommand for each thing a user does, imported only when it is asked for."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "precompute": "clip catalogues into STFT shards",
+    "train": "shards into a model; the same command resumes",
+    "evaluate": "a checkpoint's SDR, SDRi, SI-SDR and SI-SDRi on shards or benchmark folders",
+    "separate": "one mixture and a query into the sound that the query describes",
+    "explain": "how one sample was made, rendered again from its clips",
+    "report": "what is in a data set, as one HTML page",
+    "demo": "the whole way on the bundled audio",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `audiosep COMMAND ...`; a failure that a user can act on is one message on stderr and exit status 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:11} {meaning}" for name, meaning in COMMANDS.items())
+        print(f"usage: audiosep COMMAND ...\n\n{listing}\n\n`audiosep COMMAND --help` shows its config keys.")
+        return 0
+    command = words.pop(0)
+    if command not in COMMANDS:
+        print(f"audiosep: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"audiosep.{command}").main(words)
+    except (ValueError, OSError) as error:
+        print(f"audiosep {command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

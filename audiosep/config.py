@@ -1,0 +1,139 @@
+"""YAML files and `--section.key VALUE` overrides into frozen dataclasses, and back.
+
+Each component declares its own dataclass beside its code, with a pydantic `Field(description=...)` for meaning, unit
+and range; this module only reads, checks and explains them."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """The config of type `cls` (a dataclass) in a YAML file, with `--section.key VALUE` pairs laid over it.
+
+    Raises ValueError naming the file, the key and what is wrong; for an unknown key also the nearest valid one."""
+    where = str(file) if file else "command line"
+    data: Any = {}
+    if file:
+        try:
+            data = yaml.safe_load(Path(file).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds a {type(data).__name__}; a config is a mapping of sections and keys.")
+    for key, value in _pairs(overrides):
+        _set(data, key.split("."), value)
+    return build_config(cls, data, where)
+
+
+def build_config(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """The dataclass `cls` from plain data (parsed YAML or JSON). Raises ValueError like `load_config`."""
+    problems = [_unknown(cls, path) for path in _unknown_keys(cls, data, ())]
+    try:
+        if not problems:
+            return TypeAdapter(cls).validate_python(data)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+    raise ValueError(f"{where}: " + "; ".join(problems))
+
+
+def plain(config: Any) -> Any:
+    """A config as plain data (dicts, lists, strings, numbers), fit for YAML and JSON and for `build_config`."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def describe(cls: type) -> str:
+    """Every key of a config with its default and meaning, one line each, for `--help`."""
+    lines = []
+    for path, annotation, default, description in _keys(cls, ()):
+        shown = "required" if default is MISSING else f"default {default!r}"
+        lines.append(f"  --{'.'.join(path)}  ({annotation}, {shown})\n        {description}")
+    return "\n".join(lines)
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"Unexpected argument {word!r}; a config key is set with --section.key VALUE.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ValueError(f"--{key} needs a value.")
+            value = words.pop(0)
+        yield key, yaml.safe_load(value)
+
+
+def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        child = data.get(name)
+        data[name] = child if isinstance(child, dict) else {}
+        data = data[name]
+    data[path[-1]] = value
+
+
+def _dataclasses_in(annotation: Any) -> list[type]:
+    """The dataclasses that a value of this annotation may be, looking through Annotated and unions."""
+    if typing.get_origin(annotation) is Annotated:
+        return _dataclasses_in(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [found for part in typing.get_args(annotation) for found in _dataclasses_in(part)]
+    return [annotation] if is_dataclass(annotation) and isinstance(annotation, type) else []
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _unknown_keys(cls: type, data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[type, tuple[str, ...]]]:
+    hints = _hints(cls)
+    for key, value in data.items():
+        if key not in hints:
+            yield cls, (*path, str(key))
+        elif isinstance(value, Mapping):
+            for nested in _dataclasses_in(hints[key])[:1]:
+                yield from _unknown_keys(nested, value, (*path, key))
+
+
+def _unknown(cls: type, found: tuple[type, tuple[str, ...]]) -> str:
+    owner, path = found
+    everywhere = [".".join(key) for key, *_ in _keys(cls, ())]
+    here = [".".join((*path[:-1], name)) for name in _hints(owner)]
+    name = ".".join(path)
+    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == path[-1]]
+    nearest = difflib.get_close_matches(name, here, 1, 0.5) or elsewhere
+    nearest = nearest or difflib.get_close_matches(name, everywhere, 1, 0)
+    return f"unknown key {name!r}; the nearest valid one is {nearest[0]!r}"
+
+
+def _keys(cls: type, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, Any, str]]:
+    hints = _hints(cls)
+    for field in fields(cls):
+        annotation, here = hints[field.name], (*path, field.name)
+        nested = _dataclasses_in(annotation)
+        if nested:
+            yield from _keys(nested[0], here)
+            continue
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        yield here, _type_name(annotation), default, _description(annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _description(annotation: Any) -> str:
+    metadata = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+    return next((item.description for item in metadata if getattr(item, "description", None)), "")

@@ -1,0 +1,1 @@
+"""Command lines of this project as Slurm jobs."""

@@ -1,0 +1,104 @@
+"""Which sample stands at which place of an epoch: pure functions of a few integers, for any place, in no memory.
+
+Nothing here is stored or advanced: the order of 10^9 samples is a formula, so every rank, every restart and every
+audit computes the same one, from any position on."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Integers = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+ROUNDS = 24  # large domains need 6 or so; all 720 orders of 6 elements come equally often from about 24 on
+
+
+class Permutation:
+    """A keyed pseudo-random bijection of range(size), computed for any elements, in either direction.
+
+    A generalised Feistel network on pairs (left, right) of range(a) x range(b) with a * b just above `size`, whose
+    few surplus values are walked over (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The round
+    function is the 64-bit finaliser of splitmix64 (Steele, Lea and Flood 2014) over keyed input: it shuffles well and
+    is no cipher."""
+
+    def __init__(self, size: int, key: bytes | Sequence[int]) -> None:
+        """`key`: bytes, or a tuple of integers such as (seed, pass); different keys give unrelated permutations."""
+        if not 0 < size < 2**62:
+            raise ValueError(f"A permutation of {size} elements is not possible; the size must be in 1..2**62 - 1.")
+        self.size = size
+        left = int(np.ceil(np.sqrt(size)))
+        self._sizes = (np.uint64(left), np.uint64(-(-size // left)))
+        material = key if isinstance(key, bytes) else repr([int(part) for part in key]).encode()
+        self._round_keys = np.frombuffer(hashlib.shake_128(material).digest(8 * ROUNDS), "<u8")
+
+    def __call__(self, elements: ArrayLike) -> Integers:
+        """Where each element goes; `elements`: integers of range(size), any shape. Raises IndexError outside."""
+        return self._walk(elements, self._encrypt)
+
+    def inverse(self, images: ArrayLike) -> Integers:
+        """The elements that go to `images`: inverse(p(i)) == i."""
+        return self._walk(images, self._decrypt)
+
+    def _walk(self, elements: ArrayLike, step: Callable[[Words], Words]) -> Integers:
+        values = _within(elements, self.size)
+        walked = step(values.astype(np.uint64).reshape(-1))
+        outside = np.flatnonzero(walked >= self.size)
+        while outside.size:
+            walked[outside] = step(walked[outside])
+            outside = outside[walked[outside] >= self.size]
+        return walked.astype(np.int64).reshape(values.shape)
+
+    def _encrypt(self, values: Words) -> Words:
+        halves = [values // self._sizes[1], values % self._sizes[1]]
+        for i, round_key in enumerate(self._round_keys):
+            size = self._sizes[i % 2]
+            halves[i % 2] = (halves[i % 2] + _mix(halves[1 - i % 2] ^ round_key) % size) % size
+        return halves[0] * self._sizes[1] + halves[1]
+
+    def _decrypt(self, values: Words) -> Words:
+        halves = [values // self._sizes[1], values % self._sizes[1]]
+        for i, round_key in reversed(list(enumerate(self._round_keys))):
+            size = self._sizes[i % 2]
+            halves[i % 2] = (halves[i % 2] + size - _mix(halves[1 - i % 2] ^ round_key) % size) % size
+        return halves[0] * self._sizes[1] + halves[1]
+
+
+def _within(values: ArrayLike, size: int) -> Integers:
+    integers = np.asarray(values, np.int64)
+    if integers.size and (integers.min() < 0 or integers.max() >= size):
+        raise IndexError(f"{integers.min()}..{integers.max()} does not lie in range({size}).")
+    return integers
+
+
+def _mix(values: Any) -> Any:
+    """splitmix64's finaliser, on a uint64 or an array of them, modulo 2^64."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+class EpochOrder:
+    """The order in which an epoch visits `num_samples` samples: blocks of `block_samples` neighbours, permuted.
+
+    With 1 it is a uniform shuffle; larger blocks make longer reads. Any position is looked up by itself."""
+
+    def __init__(self, num_samples: int, block_samples: int, digest: str, seed: int, epoch: int) -> None:
+        """`digest`: the manifest's; another data set, seed or epoch gives an unrelated order."""
+        self.num_samples = num_samples
+        self.block_samples = block_samples
+        key = f"{digest} {seed} {epoch}".encode()
+        self._blocks = Permutation(-(-num_samples // block_samples), key)
+        # The last block may be short; behind its place in the order everything stands that much earlier.
+        self._missing = -num_samples % block_samples
+        self._short = int(self._blocks.inverse(self._blocks.size - 1))
+
+    def __getitem__(self, positions: ArrayLike) -> Integers:
+        """The sample numbers at these positions of the epoch. Raises IndexError outside of range(num_samples)."""
+        places = _within(positions, self.num_samples)
+        behind_short = places >= (self._short + 1) * self.block_samples - self._missing
+        places = places + behind_short * self._missing
+        return self._blocks(places // self.block_samples) * self.block_samples + places % self.block_samples

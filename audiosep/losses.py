@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from audiosep import metrics
+from audiosep.stft import istft
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOG_FLOOR = 1e-5  # added to magnitudes under the logarithm: inaudible, and above float16's smallest step
@@ -56,9 +57,7 @@ def real_and_imaginary(spectrogram: Tensor, hop_length: int) -> Tensor:
 def waveform(spectrogram: Tensor, hop_length: int) -> Tensor:
     """[B, C, L] with L = (T - 1) * hop_length."""
     _, num_frames, num_bins, _ = real_and_imaginary(spectrogram, hop_length).shape[-4:]
-    window = torch.hann_window(2 * (num_bins - 1), dtype=spectrogram.real.dtype, device=spectrogram.device)
-    waves = torch.istft(spectrogram.flatten(0, -3).mT, len(window), hop_length, window=window)
-    return waves.view(*spectrogram.shape[:-2], (num_frames - 1) * hop_length)
+    return istft(spectrogram, 2 * (num_bins - 1), hop_length, (num_frames - 1) * hop_length)
 
 
 def l1(estimate: Tensor, target: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-MAGNITUDE_FLOOR = 1e-5  # of the network's input; upstream's STFT takes sqrt(max(re^2 + im^2, 1e-10))
+from audiosep.stft import MAGNITUDE_FLOOR
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
+from shards.record import FORMAT_VERSION, OtherSpecError, Record, complete_record, explain_invalid
 from shards.storage import StorageConfig, Store, open_store
 from shards.tar import Field, canonical_json
-from shards.writer import FORMAT_VERSION, Record, read_record
 
 SPEC, MANIFEST = "spec.json", "manifest.json"
 SHARDS_PER_FOLDER = 1000  # and their 3,000 files, once a data set has more than ten folders' worth
@@ -88,7 +88,7 @@ def read_plan(store: Store) -> Plan:
     except FileNotFoundError:
         raise ValueError(f"{store.url} holds no {SPEC}: no data set was begun there.") from None
     except ValidationError as error:
-        raise ValueError(f"{store.url}/{SPEC} is broken: {_problem(error)}.") from None
+        raise ValueError(f"{store.url}/{SPEC} is broken: {explain_invalid(error)}.") from None
 
 
 def _changes(old: Any, new: Any, path: str) -> Iterator[str]:
@@ -123,18 +123,13 @@ def _survey_shard(store: Store, plan: Plan, index: int, sizes: Mapping[str, int]
     if f"{name}.json" not in sizes:
         return "not there"
     try:
-        record = read_record(store, name)
+        record = complete_record(store, name, plan.spec_digest, sizes.get)
+    except OtherSpecError:
+        raise
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    if record.spec_digest != plan.spec_digest:
-        raise ValueError(
-            f"{store.url}/{name} was made to spec {record.spec_digest}, but the root is bound to {plan.spec_digest}. "
-            "Delete the shards of the other spec, or use another root."
-        )
-    expected = len(plan.samples(index)), record.num_bytes, record.index_bytes
-    found = record.num_samples, sizes.get(f"{name}.tar"), sizes.get(f"{name}.idx.npy")
-    if found != expected:
-        return f"samples, tar bytes and index bytes are {found} and not {expected}"
+    if record.num_samples != len(plan.samples(index)):
+        return f"it has {record.num_samples} samples and not {len(plan.samples(index))}"
     return record
 
 
@@ -317,7 +312,7 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
             for digits in (document.shards.checksums, document.shards.index_checksums)
         )
     except ValidationError as error:
-        raise ValueError(f"{url}/{MANIFEST} is broken: {_problem(error)}.") from None
+        raise ValueError(f"{url}/{MANIFEST} is broken: {explain_invalid(error)}.") from None
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{url}/{MANIFEST} is broken: {error}.") from None
     plan = document.plan
@@ -333,8 +328,3 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
     return Manifest(
         url, digest, plan, plan.spec_digest, document.fields, document.rejected, tar_bytes, checksums, index_checksums
     )
-
-
-def _problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

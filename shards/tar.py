@@ -53,6 +53,16 @@ class Field:
         if any(size < 0 for size in self.shape):
             raise ValueError(f"Field {self.name} has shape {self.shape}.")
 
+    @classmethod
+    def of(cls, name: str, array: NDArray[Any], dtype: str | None = None) -> "Field":
+        """The field that this array is one of; `dtype` where numpy has no name for it: bfloat16.
+
+        Raises ValueError for an array that shards don't hold, big-endian ones among them."""
+        field = cls(name, dtype or array.dtype.name, array.shape)
+        if field.stored != array.dtype:
+            raise ValueError(f"Field {name} as {field.dtype} is stored as {field.stored.str}, not {array.dtype.str}.")
+        return field
+
     @property
     def stored(self) -> np.dtype[Any]:
         return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
@@ -74,8 +84,8 @@ class Sample:
 def encode(sample: Sample) -> list[Bytes]:
     """The sample's bytes as a list of buffers to write one after another; C-contiguous tensors are not copied."""
     text = canonical_json(sample.text)
-    fields = [Field(name, array.dtype.name, array.shape) for name, array in sample.arrays.items()]
-    payload: list[Bytes] = [text, *(_raw(name, array) for name, array in sample.arrays.items())]
+    fields = [Field.of(name, array) for name, array in sample.arrays.items()]
+    payload: list[Bytes] = [text, *(as_bytes(np.ascontiguousarray(array)) for array in sample.arrays.values())]
     around = frame(sample.key, len(text), fields)
     return [*(buffer for pair in zip(around, payload) for buffer in pair), around[-1]]
 
@@ -83,12 +93,6 @@ def encode(sample: Sample) -> list[Bytes]:
 def canonical_json(value: Any) -> bytes:
     """The one way in which we write a value as JSON: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def _raw(name: str, array: NDArray[Any]) -> memoryview:
-    if array.dtype.byteorder == ">":
-        raise ValueError(f"Field {name} is big-endian ({array.dtype.str}); shards are little-endian.")
-    return as_bytes(np.ascontiguousarray(array))
 
 
 def frame(key: str, text_size: int, fields: Sequence[Field]) -> list[bytes]:

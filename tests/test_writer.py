@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from shards.manifest import bind, load_manifest, seal
+from shards.record import read_record
 from shards.storage import open_store
 from shards.tar import Sample
-from shards.writer import is_complete, read_record, write_shard
+from shards.writer import is_complete, write_shard
 
 
 def make_samples(indices, frames=7):

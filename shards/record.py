@@ -1,0 +1,112 @@
+"""What a complete shard says of itself: the record, `<shard>.json`, and the index, `<shard>.idx.npy`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from shards.storage import Store
+from shards.tar import Field, npy_header
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """No times or hosts are among these, so that every run writes the same bytes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    format_version: int
+    shard: str
+    spec_digest: str
+    num_samples: int
+    num_bytes: int  # of the tar
+    checksum: str  # xxh3-64 of the tar, 16 hex digits
+    index_checksum: str  # the same of the index file
+    key_digest: str  # of all keys in order
+    first_key: str
+    last_key: str
+    fields: tuple[Field, ...]
+    rejected: list[dict[str, Any]]  # inputs that could not be used, each with a "reason"
+
+    @property
+    def index_bytes(self) -> int:
+        return len(_index_header(self.num_samples)) + self.num_samples * 24
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def key_digest(keys: Iterable[str]) -> str:
+    """128 bits of SHA-256 over the keys, one a line."""
+    return sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()[:32]
+
+
+def read_record(store: Store, name: str) -> Record:
+    """The record of shard `name`. Raises FileNotFoundError if there is none, ValueError if it is broken."""
+    data = store.read(f"{name}.json")
+    try:
+        record = _RECORD.validate_json(data)
+    except ValidationError as error:
+        raise ValueError(f"{store.url}/{name}.json is no shard record: {explain_invalid(error)}.") from None
+    if record.shard != name or record.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"{store.url}/{name}.json is the record of {record.shard} in format {record.format_version} and not of "
+            f"{name} in format {FORMAT_VERSION}."
+        )
+    return record
+
+
+class OtherSpecError(ValueError):
+    """A shard was made to another spec than the one its root is bound to."""
+
+
+def complete_record(store: Store, name: str, spec_digest: str, size: Callable[[str], int | None]) -> Record:
+    """The record of a complete shard; `size` tells the bytes of a name in the store.
+
+    Raises OtherSpecError, and FileNotFoundError or ValueError that say what is not complete."""
+    record = read_record(store, name)
+    if record.spec_digest != spec_digest:
+        raise OtherSpecError(
+            f"{store.url}/{name} was made to spec {record.spec_digest}, but the root is bound to {spec_digest}. "
+            "Delete the shards of the other spec, or use another root."
+        )
+    for file, expected in ((f"{name}.tar", record.num_bytes), (f"{name}.idx.npy", record.index_bytes)):
+        if size(file) != expected:
+            raise ValueError(f"{file} has {size(file) or 'no'} bytes and its record says {expected}")
+    return record
+
+
+def explain_invalid(error: ValidationError) -> str:
+    """The first problem in a JSON file, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+
+
+def encode_index(index: NDArray[np.uint64]) -> bytes:
+    """The index file of [num_samples, 3]: byte offset, size and xxh3-64 of each sample's bytes in the tar."""
+    return _index_header(len(index)) + index.astype("<u8").tobytes()
+
+
+def _index_header(num_samples: int) -> bytes:
+    return npy_header(np.dtype("<u8"), (num_samples, 3))
+
+
+def read_index(store: Store, name: str, num_samples: int, checksum: str) -> NDArray[np.uint64]:
+    """The index of shard `name`, uint64 [num_samples, 3], with the xxh3-64 that record and manifest give for its file.
+
+    Raises FileNotFoundError or ValueError if it is not there or not that one."""
+    data = store.read(f"{name}.idx.npy")
+    found, header = xxhash.xxh3_64_hexdigest(data), _index_header(num_samples)
+    if found != checksum or data[: len(header)] != header or len(data) != len(header) + num_samples * 24:
+        raise ValueError(
+            f"{store.url}/{name}.idx.npy has checksum {found} and {len(data)} bytes; expected checksum {checksum} and "
+            f"{len(header) + num_samples * 24} bytes, the index of {num_samples} samples"
+        )
+    return np.frombuffer(data, "<u8", offset=len(header)).reshape(-1, 3)

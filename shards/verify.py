@@ -1,0 +1,150 @@
+"""Every byte of a data set against what spec, records, indices and manifest say of it."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from shards.manifest import Manifest, Plan, load_manifest, read_plan
+from shards.record import Record, complete_record, key_digest, read_index
+from shards.storage import Store
+from shards.tar import END, MAX_TEXT_BYTES, decode, frame
+
+READ_BYTES = 8 << 20  # samples are read so many bytes at a time, or one by one where they are larger
+
+
+@dataclass(frozen=True)
+class Report:
+    num_shards: int
+    num_bytes: int  # read and checked
+    seconds: float
+    bad: dict[int, str]  # what is wrong with each bad shard, by its index
+
+    def __str__(self) -> str:
+        rate = self.num_bytes / self.seconds / 1e6
+        counts = f"{self.num_shards - len(self.bad)} of {self.num_shards} shards are good"
+        return f"{counts}; {self.num_bytes / 1e9:.2f} GB in {self.seconds:.1f} s, {rate:.0f} MB/s"
+
+
+def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int | None = None) -> Report:
+    """Read the shards (default: all) of a root, sealed or not, and report those that are not as they should be.
+
+    Checks records against spec and manifest, sizes, index, checksums, each sample's hash, headers, padding and JSON,
+    and that keys are distinct. Memory is `num_threads` times the larger of READ_BYTES and the largest sample."""
+    plan = read_plan(store)
+    manifest = load_manifest(store) if store.size("manifest.json") is not None else None
+    if manifest and manifest.spec_digest != plan.spec_digest:
+        raise ValueError(
+            f"{store.url}: the manifest seals spec {manifest.spec_digest}, but the root is bound to {plan.spec_digest}."
+        )
+    indices = range(plan.num_shards) if shards is None else shards
+    if beyond := [index for index in indices if index >= plan.num_shards]:
+        raise ValueError(f"{store.url} has shards 0 to {plan.num_shards - 1}, not {beyond}.")
+    start, bad, owners, num_bytes = time.perf_counter(), {}, dict[str, int](), 0
+    total = int(manifest.tar_bytes[list(indices)].sum()) if manifest else None
+    buffers = threading.local()  # one for each thread, reused
+    with (
+        ThreadPoolExecutor(num_threads or max(os.cpu_count() or 1, store.concurrency)) as pool,
+        tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for index, found in zip(indices, pool.map(lambda i: _checked(store, plan, manifest, i, buffers), indices)):
+            if isinstance(found, str):
+                bad[index] = found
+                continue
+            twin = owners.setdefault(found.key_digest, index)
+            if twin != index:
+                bad[index] = f"it holds the keys of {plan.shard_name(twin)}"
+            num_bytes += found.num_bytes
+            bar.update(found.num_bytes)
+    return Report(len(indices), num_bytes, time.perf_counter() - start, bad)
+
+
+def _checked(store: Store, plan: Plan, manifest: Manifest | None, index: int, buffers: threading.local) -> Record | str:
+    try:
+        return check_shard(store, plan, manifest, index, buffers)
+    except (ValueError, EOFError, FileNotFoundError) as error:
+        return str(error)
+
+
+def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int, buffers: threading.local) -> Record:
+    """The record of a shard in which everything is right. Raises ValueError, EOFError or FileNotFoundError otherwise.
+
+    `buffers` is the caller's thread-local storage; its attribute `data` is reused from call to call."""
+    name = plan.shard_name(index)
+    record = complete_record(store, name, plan.spec_digest, store.size)
+    _expect("number of samples", record.num_samples, len(plan.samples(index)))
+    if manifest:
+        _expect("fields, by the manifest,", record.fields, manifest.fields)
+        _expect("checksum, by the manifest,", record.checksum, manifest.checksum(index))
+        _expect("index checksum, by the manifest,", record.index_checksum, manifest.index_checksum(index))
+    entries = read_index(store, name, record.num_samples, record.index_checksum)
+    if not _divides(entries, record):
+        raise ValueError(f"the index does not divide the tar into {record.num_samples} samples of its fields")
+    whole, keys = xxhash.xxh3_64(), []
+    for first, data in _runs(store, name, entries, buffers):
+        whole.update(data)
+        for row, sample in enumerate(_split(data, entries[first:]), first):
+            try:
+                _expect("hash", xxhash.xxh3_64_intdigest(sample), int(entries[row, 2]))
+                keys.append(decode(sample, record.fields)[0])
+            except ValueError as error:
+                raise ValueError(f"sample {row} of {name}, at byte {entries[row, 0]}: {error}") from None
+    end = bytearray(len(END))
+    store.read_range(f"{name}.tar", record.num_bytes - len(END), [memoryview(end)])
+    whole.update(end)
+    _expect("end of the tar", bytes(end), END)
+    _expect("checksum of the tar", whole.hexdigest(), record.checksum)
+    _expect("digest of the keys", key_digest(keys), record.key_digest)
+    _expect("first and last key", (keys[0], keys[-1]), (record.first_key, record.last_key))
+    _expect("number of distinct keys", len(set(keys)), record.num_samples)
+    return record
+
+
+def _expect(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"the {what} is {found} and should be {expected}")
+
+
+def _divides(entries: NDArray[np.uint64], record: Record) -> bool:
+    """Whether the samples follow one another from the tar's first byte to its end, each of a possible size."""
+    least = sum(map(len, frame("key", 0, record.fields))) + sum(field.num_bytes for field in record.fields)
+    sizes, ends = entries[:, 1], np.cumsum(entries[:, 1])
+    return (
+        least <= int(sizes.min()) <= int(sizes.max()) <= least + MAX_TEXT_BYTES
+        and entries[:, 0].tolist() == [0, *ends[:-1].tolist()]
+        and int(ends[-1]) + len(END) == record.num_bytes
+    )
+
+
+def _runs(
+    store: Store, name: str, entries: NDArray[np.uint64], buffers: threading.local
+) -> Iterator[tuple[int, memoryview]]:
+    """The tar's samples in runs of neighbours: index of the first and their bytes, valid until the next run."""
+    first = 0
+    while first < len(entries):
+        sizes = np.cumsum(entries[first:, 1])
+        last = first + max(1, int(np.searchsorted(sizes, READ_BYTES, "right")))
+        num_bytes = int(sizes[last - first - 1])
+        if len(getattr(buffers, "data", b"")) < num_bytes:
+            buffers.data = bytearray(max(num_bytes, READ_BYTES))
+        data = memoryview(buffers.data)[:num_bytes]
+        store.read_range(f"{name}.tar", int(entries[first, 0]), [data])
+        yield first, data
+        first = last
+
+
+def _split(data: memoryview, entries: NDArray[np.uint64]) -> Iterator[memoryview]:
+    """The samples of a run."""
+    offset = 0
+    for size in entries[:, 1].tolist():
+        if offset == len(data):
+            return
+        yield data[offset : offset + size]
+        offset += size

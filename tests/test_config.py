@@ -1,0 +1,159 @@
+"""Configs: what is read is what was written, and what is wrong is named."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+import audiosep
+import shards
+import slurm
+from audiosep.config import build_config, describe, load_config, plain
+
+
+@dataclass(frozen=True)
+class Optics:
+    """A section, as components declare them."""
+
+    focal_length: Annotated[float, Field(gt=0, description="focal length, mm")] = 50.0
+    shutter: Annotated[Literal["leaf", "curtain"], Field(description="kind of shutter")] = "leaf"
+    filters: Annotated[tuple[str, ...], Field(description="names of filters, front first")] = ()
+    serial: Annotated[int | None, Field(description="serial number, if known")] = None
+
+
+@dataclass(frozen=True)
+class Camera:
+    name: Annotated[str, Field(description="engraved name")]
+    exposures: Annotated[int, Field(ge=1, description="exposures on a roll")] = 36
+    optics: Optics = field(default_factory=Optics)
+
+
+def test_a_file_and_overrides_become_a_config(tmp_path: Path) -> None:
+    file = tmp_path / "camera.yaml"
+    file.write_text("name: box\noptics:\n  focal_length: 35\n  filters: [red]\n")
+    assert load_config(Camera, file) == Camera("box", 36, Optics(35.0, "leaf", ("red",)))
+    overridden = load_config(Camera, file, ["--optics.shutter", "curtain", "--exposures=12", "--optics.serial", "7"])
+    assert overridden == Camera("box", 12, Optics(35.0, "curtain", ("red",), 7))
+    assert load_config(Camera, None, ["--name", "box", "--optics.filters", "[red, blue]"]).optics.filters == (
+        "red",
+        "blue",
+    )
+
+
+@given(
+    st.builds(
+        Camera,
+        name=st.text(),
+        exposures=st.integers(1, 10**9),
+        optics=st.builds(
+            Optics,
+            focal_length=st.floats(min_value=1e-300, allow_infinity=False, exclude_min=True),
+            shutter=st.sampled_from(["leaf", "curtain"]),
+            filters=st.lists(st.text()).map(tuple),
+            serial=st.none() | st.integers(),
+        ),
+    )
+)
+def test_plain_data_and_yaml_bring_every_config_back(camera: Camera) -> None:
+    assert build_config(Camera, plain(camera), "plain") == camera
+    assert build_config(Camera, yaml.safe_load(yaml.safe_dump(plain(camera))), "yaml") == camera
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["--exposure", "12"], "unknown key 'exposure'; the nearest valid one is 'exposures'"),
+        (["--optics.focal_lenght", "12"], "unknown key 'optics.focal_lenght'; the nearest valid one is"),
+        (["--shutter", "leaf"], "the nearest valid one is 'optics.shutter'"),
+        (["--exposures", "many"], "exposures"),
+        (["--exposures", "0"], "exposures"),
+        (["--exposures", "1.5"], "exposures"),
+        (["--optics.shutter", "sector"], "optics.shutter"),
+        (["--optics", "wide"], "optics"),
+        (["--exposures"], "--exposures needs a value"),
+        (["exposures", "12"], "Unexpected argument 'exposures'"),
+    ],
+)
+def test_what_is_wrong_is_named(overrides: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(Camera, None, ["--name", "box", *overrides])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_value_is_shown_with_its_file_and_key(tmp_path: Path) -> None:
+    file = tmp_path / "camera.yaml"
+    file.write_text("name: box\noptics: {focal_length: -35}\n")
+    with pytest.raises(ValueError, match=r"camera\.yaml: optics\.focal_length: .*greater than 0.*-35"):
+        load_config(Camera, file)
+    with pytest.raises(ValueError, match=r"name: .*required"):
+        load_config(Camera, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", r"camera\.yaml is not valid YAML"), ("- a", r"camera\.yaml holds a list; a config is a mapping")],
+)
+def test_files_that_are_no_configs_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "camera.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(Camera, file)
+
+
+def test_help_lists_every_key_with_default_and_meaning() -> None:
+    text = describe(Camera)
+    for key in ("--name", "--exposures", "--optics.focal_length", "--optics.shutter", "--optics.serial"):
+        assert f"  {key}  (" in text
+    assert "required" in text
+    assert "default 36" in text
+    assert "focal length, mm" in text
+    assert "leaf" in text
+    assert "curtain" in text
+
+
+def test_every_key_of_every_config_is_explained_and_frozen() -> None:
+    for config in config_classes():
+        assert not list(keys_without_description(config)), config
+        assert config.__dataclass_params__.frozen, config  # type: ignore[attr-defined]
+
+
+def config_classes() -> Iterator[type]:
+    for package in (audiosep, shards, slurm):
+        for module_info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if not module_info.name.endswith("__main__"):
+                for name, value in vars(importlib.import_module(module_info.name)).items():
+                    if name.endswith("Config") and is_dataclass(value) and value.__module__ == module_info.name:
+                        yield value
+
+
+def keys_without_description(config: type) -> Iterator[str]:
+    hints = get_type_hints(config, include_extras=True)
+    for item in fields(config):
+        hint = hints[item.name]
+        described = get_origin(hint) is Annotated and any(getattr(m, "description", None) for m in get_args(hint)[1:])
+        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        is_section = any(is_dataclass(part) for part in (inner, *get_args(inner)))
+        if not described and not is_section:
+            yield item.name
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml")), ids=lambda f: f.name)
+def test_shipped_configs_are_mappings_with_comments(file: Path) -> None:
+    assert isinstance(yaml.safe_load(file.read_text()), dict)
+    assert file.read_text().startswith("#"), "the first line says what the config is for"
+
+
+def test_configs_are_values() -> None:
+    camera = Camera("box")
+    assert replace(camera, exposures=12) != camera
+    with pytest.raises(AttributeError):
+        setattr(camera, "name", "other")  # noqa: B010

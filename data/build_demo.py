@@ -70,11 +70,10 @@ def entries(root: Path, kinds: dict, split: str) -> Iterator[dict]:
             sound = read_sound(root, package, name)
             wav = f"clips/{package}-{name}.flac"
             write_clip(DEMO / wav, sound.audio)
-            caption, *others = clip["captions"]
             yield {
                 "wav": wav,
-                "caption": caption,
-                "captions": others + listed["phrasings"],
+                "caption": clip["captions"][0],
+                "captions": clip["captions"] + listed["phrasings"],
                 "kind": kind,
                 "recording": clip.get("recording", clip["sound"]),
                 "title": sound.title,

@@ -1,0 +1,138 @@
+"""How far a run is, from the shards themselves, one look at the queue, and the logs.
+
+Slurm forgets jobs minutes after they end and may keep no accounting, so what is done is decided by the shards and by
+the last line that each script writes into its log; squeue, and sacct where it exists, only add to that."""
+
+import contextlib
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from slurm.job import STOPPED
+from slurm.submit import Run, Submission, read_plan, slurm_command
+
+BAD_STATES = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One data set on its way; `rate` in shards/hour since the round was submitted, `end` in ISO 8601 or empty."""
+
+    name: str
+    root: str
+    num_shards: int
+    done: int
+    left: int
+    rate: float
+    end: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One submission and how many of its tasks are in which state."""
+
+    name: str
+    job_id: str
+    states: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task of a stage's newest submission that ended badly, with the last lines of its log."""
+
+    task: str
+    state: str
+    log: str
+    tail: list[str]
+
+
+@dataclass(frozen=True)
+class Status:
+    splits: list[Split]
+    stages: list[Stage]
+    failures: list[Failure]
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is still waiting or running."""
+        return any(state in ("PENDING", "RUNNING", "COMPLETING") for stage in self.stages for state in stage.states)
+
+
+def read_status(run: Run) -> Status:
+    """Asks `audiosep precompute --plan` once for each split and the scheduler once for everything."""
+    submissions = run.submissions()
+    newest = {entry.name.rpartition("-")[0]: entry for entry in submissions}
+    states = _states([entry.job_id for entry in submissions])
+    splits = [_split(run, entry) for entry in newest.values() if entry.split]
+    stages, failures = [], []
+    for entry in submissions:
+        logs = {_task(log): log for log in run.log_folder.glob(f"{entry.name}-{entry.job_id}[._]*")}
+        tasks = {task: _state_in(log) for task, log in logs.items()}
+        tasks |= {task: state for task, state in states.items() if task.split("_")[0] == entry.job_id}
+        stages.append(Stage(entry.name, entry.job_id, dict(Counter(tasks.values()))))
+        if entry in newest.values():
+            bad = [task for task, state in tasks.items() if state.split(" ")[0] in BAD_STATES]
+            failures += [Failure(task, tasks[task], str(logs.get(task, "")), _tail(logs.get(task))) for task in bad]
+    return Status(splits, stages, failures)
+
+
+def lines(status: Status) -> Iterator[str]:
+    """The status for people."""
+    for split in status.splits:
+        rate = f", {split.rate:.0f} shards/h, done about {split.end}" if split.end else ""
+        yield f"{split.name}: {split.done} of {split.num_shards} shards in {split.root}, {split.left} left{rate}"
+    for stage in status.stages:
+        counts = ", ".join(f"{count} {state}" for state, count in stage.states.items())
+        yield f"  {stage.name} ({stage.job_id}): {counts or 'unknown to Slurm, and no log'}"
+    for failure in status.failures:
+        yield f"{failure.task} {failure.state}, {failure.log or 'no log'}:"
+        yield from (f"  | {line}" for line in failure.tail)
+
+
+def last_words(log_folder: Path, shard_indices: Iterable[int]) -> list[str]:
+    """For each shard the last line of any log that names it, or that none does."""
+    words = {index: f"shard {index}: no log names it" for index in shard_indices}
+    for log in sorted(log_folder.glob("precompute-*"), key=lambda path: path.stat().st_mtime):
+        for line in log.read_text(errors="replace").splitlines():
+            words |= {int(index): line for index in re.findall(r"shard-(\d+)", line) if int(index) in words}
+    return [*words.values()]
+
+
+def _split(run: Run, entry: Submission) -> Split:
+    name, attempt = entry.split, entry.name.rpartition("-")[2]
+    plan = read_plan(run.config, run.folder / f"precompute-{name}-{attempt}.yaml")
+    left = len(plan.unfinished)
+    rate = (entry.unfinished - left) / max(time.time() - entry.time, 1.0) * 3600
+    end = datetime.fromtimestamp(time.time() + left / rate * 3600).isoformat(" ", "minutes") if left and rate else ""
+    return Split(name, plan.root, plan.num_shards, plan.num_shards - left, left, rate, end)
+
+
+def _states(job_ids: list[str]) -> dict[str, str]:
+    """State of each task that Slurm still knows, by "job" or "array_task"."""
+    rows = slurm_command("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T").splitlines()
+    with contextlib.suppress(ValueError):  # many clusters keep no accounting; where they do it lags, so squeue wins
+        rows = (
+            slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(job_ids), "-o", "JobID,State").splitlines() + rows
+        )
+    states = dict(row.split("|") for row in rows)
+    return {task: state for task, state in states.items() if task.split("_")[0] in job_ids}
+
+
+def _task(log: Path) -> str:
+    return log.stem.rpartition("-")[2]
+
+
+def _state_in(log: Path) -> str:
+    """The state of a task by its log's last line, for when Slurm has forgotten it."""
+    ended = re.fullmatch(r"ended with status (\d+) .*", (_tail(log) or [""])[-1])
+    if not ended:
+        return "UNKNOWN"
+    return {0: "COMPLETED", STOPPED: "REQUEUED"}.get(int(ended[1]), f"FAILED {ended[1]}")
+
+
+def _tail(log: Path | None, count: int = 5) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-count:] if log else []

@@ -1,0 +1,167 @@
+"""From jobs as text to jobs in the queue: checked, all or none, with everything written into one run folder."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+
+from slurm.config import SlurmConfig, load_config, plain
+from slurm.job import check_script
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `audiosep precompute --plan` prints: `unfinished` are shard indices."""
+
+    root: str
+    num_shards: int
+    unfinished: list[int]
+    spec_digest: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One script and its place in a chain: it starts `when` (afterany, afterok) the jobs named in `after` have ended.
+
+    `split` and the number of shards `unfinished` at submission are for `status`."""
+
+    name: str
+    script: str
+    files: dict[str, str] = field(default_factory=dict)  # further files that the script reads, beside it
+    after: tuple[str, ...] = ()
+    when: str = "afterok"
+    split: str = ""
+    unfinished: int = 0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One line of jobs.jsonl. `time` is in seconds since 1970."""
+
+    job_id: str
+    name: str
+    time: float
+    split: str
+    unfinished: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run folder: config.yaml, one .sbatch and its files for each job, jobs.jsonl, logs/."""
+
+    config: SlurmConfig
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        return cls(load_config(Path(folder) / "config.yaml"))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.folder).resolve()
+
+    @property
+    def log_folder(self) -> Path:
+        return self.folder / "logs"
+
+    def submissions(self) -> list[Submission]:
+        """Everything submitted from this folder so far, oldest first."""
+        jobs = self.folder / "jobs.jsonl"
+        return [Submission(**json.loads(line)) for line in jobs.read_text().splitlines()] if jobs.exists() else []
+
+    def attempts(self, stem: str) -> int:
+        """How many jobs named `stem`-1, `stem`-2, ... were submitted."""
+        return sum(entry.name.rpartition("-")[0] == stem for entry in self.submissions())
+
+
+def read_plan(config: SlurmConfig, file: Path) -> Plan:
+    """The plan of one precompute config; ValueError with the command's own words when it refuses the config."""
+    words = [*shlex.split(config.audiosep), "precompute", "--config", str(file), "--plan"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"`{shlex.join(words)}` failed with status {done.returncode}:\n{done.stderr.strip()}")
+    return Plan(**json.loads(done.stdout))
+
+
+def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
+    """Submit all `jobs`, in order, and return their ids by name; on any refusal nothing stays in the queue.
+
+    Raises ValueError with sbatch's words and what the cluster offers, OSError when the run folder cannot be written."""
+    for job in jobs:
+        check_script(job.script)
+    run.log_folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(plain(run.config), sort_keys=False))
+    for job in jobs:
+        for name, text in {**job.files, f"{job.name}.sbatch": job.script}.items():
+            (run.folder / name).write_text(text)
+        _sbatch(run.folder / f"{job.name}.sbatch", "--test-only")
+    ids: dict[str, str] = {}
+    try:
+        for job in jobs:
+            dependency = ",".join(f"{job.when}:{ids[name]}" for name in job.after)
+            waiting = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
+            ids[job.name] = _sbatch(run.folder / f"{job.name}.sbatch", "--parsable", *waiting).split(";")[0]
+            with (run.folder / "jobs.jsonl").open("a") as log:
+                entry = Submission(ids[job.name], job.name, time.time(), job.split, job.unfinished)
+                log.write(json.dumps(asdict(entry)) + "\n")
+    except BaseException:
+        for job_id in ids.values():
+            slurm_command("scancel", job_id)
+        raise
+    return ids
+
+
+def show(jobs: Sequence[Job]) -> Iterator[str]:
+    """What `submit` would submit, as text."""
+    for job in jobs:
+        waits = f", {job.when} {', '.join(job.after)}" if job.after else ""
+        yield f"### {job.name}.sbatch{waits}\n{job.script}"
+
+
+def max_array_size() -> int:
+    """The cluster's limit on an array's indices (the largest is one less)."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", slurm_command("scontrol", "show", "config"), re.MULTILINE)
+    return int(found[1]) if found else 1001
+
+
+def move_dependents(old_id: str, new_id: str) -> None:
+    """Let every waiting job of ours that depends on `old_id` depend on `new_id` in the same way."""
+    for line in slurm_command("squeue", "--me", "--noheader", "--format=%i %E").splitlines():
+        job_id, _, dependency = line.partition(" ")
+        if re.search(rf":{old_id}\b", dependency):
+            moved = re.sub(rf":{old_id}\b", f":{new_id}", dependency.replace("(unfulfilled)", ""))
+            slurm_command("scontrol", "update", f"JobId={job_id}", f"Dependency={moved}")
+
+
+def slurm_command(*words: str) -> str:
+    """The output of one of Slurm's commands, freed of settings that leak in from the caller's shell or job.
+
+    Raises ValueError with the command's own words when it fails, and when there is no Slurm here."""
+    leaks = re.compile(r"SBATCH_|SRUN_|SQUEUE_|SCANCEL_|SLURM_(?!CONF$)")
+    environment = {key: value for key, value in os.environ.items() if not leaks.match(key)}
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise ValueError(f"There is no {words[0]} here: run this on a login node of a Slurm cluster.") from None
+    if done.returncode:
+        raise ValueError(f"`{' '.join(words)}` failed: {done.stderr.strip()}")
+    return done.stdout.rstrip()
+
+
+def _sbatch(script: Path, *options: str) -> str:
+    try:
+        return slurm_command("sbatch", *options, str(script))
+    except ValueError as error:
+        wanted = r"^#SBATCH (--(?:partition|nodes|ntasks|gres|cpus|mem|time|constraint|account|qos)\S*)"
+        asked = " ".join(re.findall(wanted, script.read_text(), re.MULTILINE))
+        columns = "  %P: %D nodes of %c cores, %m MB, GPUs %G, features %f, limit %l"
+        offered = slurm_command("sinfo", "--noheader", f"--format={columns}")
+        raise ValueError(
+            f"{error}\n{script.name} asks for {asked}\nThe cluster has\n{offered}\nNothing was submitted."
+        ) from None

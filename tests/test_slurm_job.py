@@ -1,0 +1,119 @@
+"""sbatch text: legal for bash and ShellCheck, and what sbatch would silently ignore is refused."""
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from slurm.config import load_config, plain
+from slurm.job import Environment, Resources, check_resources, check_script, render, step, time_seconds
+
+CONTAINERS = [
+    Environment(),
+    Environment(
+        setup=("module load cuda", "source .venv/bin/activate"),
+        variables={"NCCL_SOCKET_IFNAME": "ib0", "NOTE": "it's; odd"},
+    ),
+    Environment(container_runtime="pyxis", container_image="a b.sqsh", container_mounts=("/data:/data",)),
+    Environment(container_runtime="apptainer", container_image="a b.sif", container_mounts=("/data:/data",)),
+]
+REQUESTS = [
+    Resources(),
+    Resources(
+        nodes=4, gpus_per_node=8, gpu_type="a100", memory="400G", mail_user="me@example.org", extra=("--exclusive",)
+    ),
+]
+
+
+def script(resources: Resources = REQUESTS[0], environment: Environment = CONTAINERS[0], array: str = "") -> str:
+    body = step("audiosep train --config x.yaml", resources, environment, requeue_killed=not array)
+    return render("train-1", "Trains.", resources, environment, Path("/work dir"), Path("/work dir/logs"), body, array)
+
+
+@pytest.mark.parametrize(
+    ("resources", "environment", "array"), [*itertools.product(REQUESTS, CONTAINERS, ("", "1-8%4"))]
+)
+def test_scripts_are_clean_shell(resources: Resources, environment: Environment, array: str, tmp_path: Path) -> None:
+    if not shutil.which("shellcheck") and not os.environ.get("CI"):
+        pytest.skip("needs the package shellcheck")
+    text = script(resources, environment, array)
+    check_script(text)
+    (tmp_path / "job.sbatch").write_text(text)
+    done = subprocess.run(["shellcheck", tmp_path / "job.sbatch"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert max(map(len, text.splitlines())) <= 120, "people read it"
+
+
+def test_a_container_runs_exactly_the_command_in_the_working_folder(tmp_path: Path) -> None:
+    """The step is executed with stand-ins on PATH that print their arguments, one a line."""
+    for name in ("srun", "apptainer", "scontrol"):
+        (tmp_path / name).write_text(f'#!/bin/bash\nprintf "{name}: %s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    for environment in CONTAINERS[2:]:
+        body = "\n".join(step("audiosep train --config 'x y.yaml'", Resources(), environment))
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        shown = subprocess.run(["bash", "-c", body], capture_output=True, text=True, cwd=tmp_path, env=env).stdout
+        assert environment.container_image in shown
+        assert f"{tmp_path}" in shown
+        assert "/data:/data" in shown
+        assert "srun: --config\nsrun: x y.yaml\n" in shown
+
+
+@pytest.mark.parametrize("status", [0, 1, 3, 75, 137])
+@pytest.mark.parametrize("restart", ["0", "20"])
+@pytest.mark.parametrize("requeue_killed", [False, True])
+def test_only_stopped_and_killed_work_is_requeued_and_only_so_often(
+    status: int, restart: str, requeue_killed: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "srun").write_text(f"#!/bin/bash\nexit {status}\n")
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    body = "\n".join(step("anything", Resources(), Environment(), requeue_killed))
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}
+    done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, env=env)
+    assert done.returncode == status
+    goes_on = restart == "0" and (status == 75 or (status > 128 and requeue_killed))
+    assert ("scontrol requeue 7" in done.stdout) == goes_on
+
+
+@pytest.mark.parametrize("stray", ["#SBATCH --nodes=2", "# SBATCH --nodes=2", "  #SBATCH --nodes=2"])
+def test_options_that_sbatch_would_ignore_are_refused(stray: str) -> None:
+    with pytest.raises(ValueError, match="ignore"):
+        check_script(script(environment=Environment(setup=(stray,))))
+
+
+def test_carriage_returns_are_refused() -> None:
+    with pytest.raises(ValueError, match="CRLF"):
+        check_script(script(environment=Environment(setup=("module load cuda\r",))))
+
+
+@pytest.mark.parametrize("extra", ["exclusive", "--array=1-9", "--output=x", "--mem 3G", "-p gpu"])
+def test_options_of_its_own_and_malformed_ones_are_refused(extra: str) -> None:
+    with pytest.raises(ValueError, match="extra"):
+        check_resources(Resources(extra=(extra,)))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-2:03:04", 93784)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> None:
+    assert time_seconds(text) == seconds
+
+
+def test_a_config_survives_the_run_folder_and_names_its_mistakes(tmp_path: Path) -> None:
+    import yaml
+
+    for file in Path("configs/slurm").glob("*.yaml"):
+        config = load_config(file, ["--nodes", "3", "--precompute.max_tasks", "7"], "train")
+        assert (config.train.nodes, config.precompute.max_tasks) == (3, 7)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+        assert load_config(tmp_path / "config.yaml") == config
+        with pytest.raises(ValueError, match=r"unknown key 'train\.node'; the nearest valid one is 'train\.nodes'"):
+            load_config(file, ["--node", "3"], "train")
+        with pytest.raises(ValueError, match="put it in quotes"):
+            load_config(file, ["--time", "1:00:00"], "train")

@@ -1,0 +1,190 @@
+"""Arrays, rounds, signals, requests and status on a real cluster, with a stand-in for the rendering itself."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from slurm_lab import Cluster, processes, running_cluster
+
+from slurm.__main__ import main
+from slurm.submit import Run
+
+STANDIN = shlex.join([sys.executable, str(Path(__file__).parent / "slurm_lab" / "standin.py")])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    yield from running_cluster(tmp_path_factory.mktemp("lab"))
+
+
+def write_config(
+    folder: Path, *, num_shards: int = 6, seconds: float = 0.0, poison: int = -1, luck: int = 99, **sections: Any
+) -> str:
+    """The file of a run of the stand-in under `folder`; `sections` are laid over it."""
+    settings = {"root": str(folder / "demo"), "num_shards": num_shards, "seconds": seconds}
+    (folder / "demo.yaml").write_text(yaml.safe_dump(settings | {"poison": poison, "luck": luck}))
+    small = {"memory": "100M", "time": "10"}
+    config = {"folder": str(folder / "run of it"), "audiosep": STANDIN, "shards": STANDIN, "seal": small}
+    config["precompute"] = small | {"configs": [str(folder / "demo.yaml")], "max_tasks": 3}
+    config["train"] = small | {"config": str(folder / "demo.yaml")}
+    for name, section in sections.items():
+        config[name] = config.get(name, {}) | section
+    (folder / "slurm.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "slurm.yaml")
+
+
+def job_ids(folder: Path) -> dict[str, str]:
+    return {entry.name: entry.job_id for entry in Run.open(folder / "run of it").submissions()}
+
+
+def log_of(folder: Path, name: str) -> str:
+    return "".join(log.read_text() for log in (folder / "run of it" / "logs").glob(f"{name}-*"))
+
+
+def status_of(config: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["status", "--config", config, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_array_is_followed_by_its_sealing_job(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path)
+    assert main(["precompute", "--config", config]) == 0
+    cluster.wait_idle(60)
+    assert len(json.loads((tmp_path / "demo" / "manifest.json").read_text())) == 6
+    status = status_of(config, capsys)
+    assert [stage["states"] for stage in status["stages"]] == [{"COMPLETED": 3}, {"COMPLETED": 1}]
+    assert (status["splits"][0]["done"], status["splits"][0]["left"], status["failures"]) == (6, 0, [])
+    assert main(["precompute", "--config", config, "--dry-run"]) == 0
+    again = capsys.readouterr().out
+    assert "seal-demo-2.sbatch" in again
+    assert "--array" not in again, "nothing is unfinished, so there is nothing to render"
+
+
+def test_the_warning_signal_stops_a_task_which_requeues_itself(cluster: Cluster, tmp_path: Path) -> None:
+    main(["precompute", "--config", write_config(tmp_path, num_shards=3, seconds=3.0)])
+    task = f"{job_ids(tmp_path)['precompute-demo-1']}_1"
+    cluster.wait("the task's own process", lambda: processes("standin.py", "precompute", "--shards 0"), 20)
+    time.sleep(0.5)
+    cluster.run("scancel", "--signal=USR1", task)
+    cluster.wait_idle(60)
+    log = log_of(tmp_path, "precompute-demo-1")
+    assert "ended with status 75 (restart 0)" in log
+    assert "ended with status 0 (restart 1)" in log
+    assert "seal-demo-2" not in job_ids(tmp_path), "one round was enough"
+
+
+def test_a_job_that_is_cancelled_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    main(["precompute", "--config", write_config(tmp_path, num_shards=1, seconds=60.0)])
+    ids = job_ids(tmp_path)
+    cluster.wait("the task's own process", lambda: processes("standin.py", "precompute", "--shards"), 20)
+    cluster.run("scancel", ids["seal-demo-1"], ids["precompute-demo-1"])
+    cluster.wait_idle(20)
+    assert cluster.state(f"{ids['precompute-demo-1']}_1") == "CANCELLED"
+
+
+def test_what_is_missing_is_submitted_again_and_training_waits_for_it(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_config(tmp_path, poison=4, luck=1)
+    assert main(["pipeline", "--config", config]) == 0
+    cluster.wait_idle(90)
+    ids = job_ids(tmp_path)
+    assert [*ids] == ["precompute-demo-1", "seal-demo-1", "train-1", "precompute-demo-2", "seal-demo-2"]
+    assert (tmp_path / "run of it" / "precompute-demo-2.txt").read_text() == "4\n"
+    assert cluster.state(ids["train-1"]) == "COMPLETED"
+    order = (
+        cluster.run("scontrol", "-o", "show", "job", ids["train-1"]),
+        cluster.run("scontrol", "-o", "show", "job", ids["seal-demo-2"]),
+    )
+    started, sealed = order[0].split("StartTime=")[1][:19], order[1].split("EndTime=")[1][:19]
+    assert started >= sealed
+
+
+def test_a_shard_that_never_succeeds_ends_the_run_with_its_name(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, poison=4, precompute={"max_rounds": 2})
+    assert main(["pipeline", "--config", config]) == 0
+    cluster.wait_idle(90)
+    ids = job_ids(tmp_path)
+    assert len([*(tmp_path / "demo").glob("shard-*")]) == 5, "the rest is complete"
+    assert "seal-demo-3" not in ids
+    assert (cluster.state(ids["seal-demo-2"]), cluster.state(ids["train-1"])) == ("FAILED", "CANCELLED")
+    assert "shard-000004 failed: clip bad.wav cannot be read" in log_of(tmp_path, "seal-demo-2")
+    status = status_of(config, capsys)
+    failed = {failure["task"]: failure for failure in status["failures"]}
+    assert f"{ids['precompute-demo-2']}_1" in failed
+    assert any("bad.wav" in line for line in failed[ids["seal-demo-2"]]["tail"])
+
+
+def test_a_sealing_job_that_runs_twice_starts_one_round(cluster: Cluster, tmp_path: Path) -> None:
+    main(["precompute", "--config", write_config(tmp_path, poison=4)])
+    cluster.wait("the second round", lambda: "seal-demo-2" in job_ids(tmp_path), 60)
+    cluster.run("scontrol", "requeue", job_ids(tmp_path)["seal-demo-1"])
+    cluster.wait_idle(120)
+    assert [*job_ids(tmp_path)] == [f"{job}-demo-{attempt}" for attempt in (1, 2, 3) for job in ("precompute", "seal")]
+
+
+@pytest.mark.parametrize(
+    ("train", "complaint"),
+    [
+        ({"partition": "nowhere"}, "invalid partition"),
+        ({"nodes": 4, "gpus_per_node": 8}, "main*: 4 nodes of 2 cores, 4000 mb, gpus gpu:1"),
+        ({"gpus_per_node": 1, "gpu_type": "h100"}, "gres"),
+        ({"time": "1", "warn_seconds": 50}, "more time stopping than working"),
+        ({"time": "tomorrow"}, "not a limit"),
+        ({"extra": ["--dependency=afterok:1"]}, "set by the submission itself"),
+        ({"extra": ["-N 3"]}, "not an sbatch option"),
+        ({"constraint": "moon"}, "feature"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_and_leaves_nothing_behind(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], train: dict[str, Any], complaint: str
+) -> None:
+    before = cluster.jobs()
+    assert main(["pipeline", "--config", write_config(tmp_path, train=train)]) == 2
+    assert complaint in capsys.readouterr().err.lower()
+    assert cluster.jobs() == before
+
+
+def test_a_big_request_is_accepted_where_such_nodes_are(cluster: Cluster, tmp_path: Path) -> None:
+    train = {"nodes": 4, "gpus_per_node": 8, "gpu_type": "a100", "partition": "gpu", "constraint": "a100&ib"}
+    train |= {"cpus_per_task": 8, "memory": "400G", "time": "2-00:00:00"}
+    config = write_config(tmp_path, train=train)
+    assert main(["train", "--config", config]) == 0
+    job = job_ids(tmp_path)["train-1"]
+    shown = cluster.run("scontrol", "-o", "show", "job", job)
+    cluster.run("scancel", job)
+    assert "NumNodes=4" in shown
+    assert "NumTasks=32" in shown
+
+
+def test_a_broken_config_is_reported_at_once(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path)
+    (tmp_path / "demo.yaml").write_text("root: demo")
+    assert main(["precompute", "--config", config]) == 2
+    assert "num_shards is missing" in capsys.readouterr().err
+    (tmp_path / "run of it").write_text("a file where the run folder should be")
+    assert main(["train", "--config", config]) == 2
+    assert "run" in capsys.readouterr().err
+
+
+def test_settings_in_the_shell_do_not_leak_into_jobs(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", "high")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1")
+    main(["precompute", "--config", write_config(tmp_path)])
+    shown = cluster.run("scontrol", "-o", "show", "job", job_ids(tmp_path)["seal-demo-1"])
+    cluster.wait_idle(60)
+    assert "Partition=main" in shown
+    assert (tmp_path / "demo" / "manifest.json").exists()

@@ -29,12 +29,46 @@ Buffer = bytes | bytearray | memoryview | np.ndarray
 
 @dataclass(frozen=True)
 class StorageConfig:
+    """How places are reached. Credentials are not among the keys: they come from the usual environment variables,
+    profiles and instance roles, so that no config, log or checkpoint can hold them."""
+
+    endpoint: Annotated[
+        str | None, Field(description="URL of an S3 or Azure service other than the provider's own; no credentials")
+    ] = None
+    region: Annotated[str | None, Field(description="region of the bucket; the environment's by default")] = None
+    anonymous: Annotated[bool, Field(description="read a public bucket without credentials")] = False
+    signed_urls: Annotated[
+        bool, Field(description="read s3 by presigned URLs, the fastest way; false where a bucket policy forbids them")
+    ] = True
+    http_token_file: Annotated[
+        str | None, Field(description="file with a bearer token for http(s), such as ~/.cache/huggingface/token")
+    ] = None
+    concurrency: Annotated[int, Field(ge=1, description="remote reads in flight at once, for each store")] = 16
+    part_bytes: Annotated[
+        int, Field(ge=5 << 20, description="part of a multipart upload, bytes; an object has at most 10,000")
+    ] = 16 << 20
+    retry_attempts: Annotated[
+        int, Field(ge=1, description="attempts in a row without progress before a transfer fails")
+    ] = 12
+    retry_seconds: Annotated[
+        float, Field(gt=0, description="time without progress before a transfer fails, seconds")
+    ] = 180.0
+    backoff_seconds: Annotated[
+        float, Field(gt=0, description="pause before the second attempt, doubled for each further one, seconds")
+    ] = 0.1
+    stall_seconds: Annotated[
+        float, Field(gt=0, description="a connection that brings less than 64 KiB in this time is given up, seconds")
+    ] = 20.0
     max_open_files: Annotated[
         int, Field(ge=1, description="descriptors of local files kept open between reads, for each store")
     ] = 128
     stale_temporary_hours: Annotated[
-        float, Field(gt=0, description="age after which another machine's unfinished file counts as abandoned, hours")
+        float, Field(gt=0, description="age after which another machine's unfinished object counts as abandoned, hours")
     ] = 24.0
+
+
+class TransferError(OSError):
+    """A remote place that kept failing, or gave something else than before, until the transfer was given up."""
 
 
 class Sink(Protocol):
@@ -112,13 +146,31 @@ class Store(ABC):
 
 
 def open_store(url: str | os.PathLike[str], options: StorageConfig | None = None) -> Store:
-    """The store at a path or URL; nothing is touched or contacted until it is used."""
+    """The store at a path or URL; nothing is touched or contacted until it is used.
+
+    Raises ValueError for a URL with a password, user name or query, which would end up in manifests and logs."""
     options = options or StorageConfig()
     text = os.fspath(url)
-    scheme = urlsplit(text).scheme if "://" in text else ""
-    if scheme in ("", "file"):
-        return LocalStore(unquote(urlsplit(text).path) if scheme else text, options)
-    raise ValueError(f"{text}: cannot open {scheme}:// URLs; use a path or file://.")
+    parts = urlsplit(text if "://" in text else "")
+    if parts.scheme in ("", "file"):
+        return LocalStore(unquote(parts.path) if parts.scheme else text, options)
+    for each in (parts, urlsplit(options.endpoint or "")):
+        if each.password or each.query or (each.username and parts.scheme not in ("abfs", "abfss")):
+            raise ValueError(
+                f"The URL of {each.hostname} holds a user name, password or query. It would be stored and printed; "
+                "give credentials by the environment, a profile or http_token_file."
+            )
+    if parts.scheme in ("http", "https"):
+        from shards.http_store import HttpStore
+
+        return HttpStore(text, options)
+    if parts.scheme in ("s3", "gs", "az", "abfs", "abfss"):
+        from shards.object_store import ObjectStore
+
+        return ObjectStore(text, options)
+    raise ValueError(
+        f"{text}: there is no {parts.scheme}:// here; use a path, file://, s3://, gs://, az://, abfs:// or http(s)://."
+    )
 
 
 def check_name(name: str) -> str:

@@ -1,0 +1,453 @@
+"""Objects read over http, straight into the caller's memory, through whatever the network does meanwhile.
+
+Buckets are read this way too: `object_store.py` only says where an object is and with which signature. Every transfer
+goes on from the byte it had reached after a failure, and never mixes the bytes of two versions of an object."""
+
+import functools
+import http.client
+import io
+import itertools
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, Protocol
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+import numpy as np
+
+from shards.storage import Buffer, Sink, StorageConfig, Store, TransferError, as_bytes, check_name
+
+
+class RemoteStore(Store):
+    """What http servers and buckets have in common: reading in pieces that may fail at any byte."""
+
+    def __init__(self, url: str, options: StorageConfig) -> None:
+        super().__init__(url.rstrip("/"), options)
+        self.concurrency = options.concurrency
+        self._versions: dict[str, Version] = {}
+
+    @abstractmethod
+    def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> "Body":
+        """One request for the bytes from `offset` to `end` (None: to the object's end), or to the object's end if
+        that comes first. `anew` asks for fresh credentials. Raises Failure, and EOFError when `offset` lies beyond."""
+
+    def read(self, name: str) -> bytes:
+        chunks = self._transfer(
+            name, 0, None, itertools.repeat(memoryview(bytearray(1 << 16))), Version(), expected=False
+        )
+        return b"".join(map(bytes, chunks))
+
+    def read_range(self, name: str, offset: int, buffers: Sequence[memoryview | np.ndarray]) -> None:
+        views = [view for view in map(as_bytes, buffers) if view.nbytes]
+        end = offset + sum(view.nbytes for view in views)
+        version = self._versions.setdefault(name, Version())
+        for _ in self._transfer(name, offset, end, iter(views), version):
+            pass
+
+    def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
+        return self._transfer(name, offset, None, itertools.repeat(memoryview(bytearray(chunk_bytes))), Version())
+
+    def size(self, name: str) -> int | None:
+        version = Version()
+        try:
+            for _ in self._transfer(name, 0, 1, iter([memoryview(bytearray(1))]), version, expected=False):
+                pass
+        except FileNotFoundError:
+            return None
+        except EOFError:
+            return 0
+        return version.size
+
+    def _transfer(
+        self,
+        name: str,
+        offset: int,
+        end: int | None,
+        views: Iterator[memoryview],
+        version: "Version",
+        expected: bool = True,
+    ) -> Iterator[memoryview]:
+        """Fill each view in turn with the bytes from `offset` to `end`, and yield it when it is full.
+
+        With `end` None the last view may be yielded in part. `version` holds, or is given, what every piece must have
+        been read from. An object that is `expected` is looked for more than once."""
+        what = f"{self.url}/{check_name(name)}"
+        patience = _Patience(what, self.options)
+        start, view, filled = offset, next(views, memoryview(b"")), 0
+        while view:
+            body = None
+            try:
+                body = self.open_body(name, offset, end, anew=patience.refused)
+                version.check(body, what)
+                while count := body.read_into(view[filled:]):
+                    patience.progress(count)
+                    offset, filled = offset + count, filled + count
+                    if filled == view.nbytes:
+                        yield view
+                        view, filled = next(views, memoryview(b"")), 0
+                        if not view:
+                            break
+                if view and end is not None:
+                    raise EOFError(
+                        f"{what} ends at byte {offset}; wanted {end - start} bytes from {start}, got {offset - start}. "
+                        "The object is shorter than its index says: run `shards verify` and make it again."
+                    )
+                if filled:
+                    yield view[:filled]
+                return
+            except Failure as failure:
+                patience.wait(offset, failure, 1 if failure.error is FileNotFoundError and not expected else None)
+            finally:
+                if body:
+                    body.close()
+
+
+class Body(Protocol):
+    """The answer to one request: bytes from the offset that was asked for."""
+
+    tag: str | None  # the server's name for this version of the object
+    size: int | None  # of the whole object
+
+    def read_into(self, view: memoryview) -> int:
+        """Fill a part of the view, at least one byte; 0 at the end of what was asked for. Raises Failure."""
+
+    def close(self) -> None: ...
+
+
+class Failure(Exception):
+    """A request that did not bring all it should have, but may if it is made again."""
+
+    def __init__(
+        self, reason: str, retry_after: float = 0.0, error: type[OSError] = TransferError, attempts: int | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.retry_after, self.error, self.attempts = retry_after, error, attempts
+
+
+@dataclass
+class Version:
+    """The version of an object that its first piece came from, and all others must."""
+
+    tag: str | None = None
+    size: int | None = None
+
+    def check(self, body: Body, what: str) -> None:
+        for mine, its in ((self.tag, body.tag), (self.size, body.size)):
+            if None not in (mine, its) and mine != its:
+                raise TransferError(
+                    f"{what} was replaced while it was read: it was {self.tag} with {self.size} bytes and is "
+                    f"{body.tag} with {body.size}. Sealed shards never change; if this one was made again, start again."
+                )
+        self.tag, self.size = self.tag or body.tag, body.size if self.size is None else self.size
+
+
+_PROGRESS_BYTES = 1 << 16  # what an attempt must bring to count as going on, and a connection in each stall_seconds
+
+
+class _Patience:
+    """How often and how long one transfer is tried again: bounds on the attempts and seconds without progress."""
+
+    def __init__(self, what: str, options: StorageConfig) -> None:
+        self._what, self._options = what, options
+        self._bytes = self._attempts = self._all_attempts = 0
+        self._since = time.monotonic()
+        self.refused = False
+
+    def progress(self, count: int) -> None:
+        self._bytes += count
+        if self._bytes >= _PROGRESS_BYTES:
+            self._bytes, self._attempts, self._since = 0, 0, time.monotonic()
+            self.refused = False
+
+    def wait(self, offset: int, failure: Failure, attempts: int | None = None) -> None:
+        """Sleep before the next attempt, or raise the error that ends the transfer."""
+        self._attempts += 1
+        self._all_attempts += 1
+        self.refused = failure.error is PermissionError
+        pause = min(self._options.backoff_seconds * 2 ** (self._attempts - 1), 15.0)
+        pause = max(pause * random.SystemRandom().uniform(0.5, 1.0), failure.retry_after)
+        elapsed = time.monotonic() - self._since
+        limit = min(filter(None, (attempts, failure.attempts, self._options.retry_attempts)))
+        if self._attempts >= limit or elapsed + pause > self._options.retry_seconds:
+            raise failure.error(
+                f"{self._what}: gave up at byte {offset} after {self._all_attempts} attempts, the last "
+                f"{self._attempts} without progress in {elapsed:.1f} s; last reason: {failure}"
+            ) from None
+        time.sleep(pause)
+
+
+class HttpStore(RemoteStore):
+    """Objects below a URL of an http(s) server, read only."""
+
+    def __init__(self, url: str, options: StorageConfig) -> None:
+        super().__init__(url, options)
+        self._client = HttpClient(options)
+
+    def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> "HttpBody":
+        headers = {}
+        if self.options.http_token_file:
+            token = Path(self.options.http_token_file).expanduser().read_text().strip()
+            headers = {"Authorization": f"Bearer {token}"}
+        return self._client.get(f"{self.url}/{quote(name)}", f"{self.url}/{name}", offset, end, headers)
+
+    def writer(self, name: str) -> AbstractContextManager[Sink]:
+        self._read_only()
+
+    def create(self, name: str, data: Buffer) -> bool:
+        self._read_only()
+
+    def delete(self, name: str) -> None:
+        self._read_only()
+
+    def sweep(self, prefix: str = "") -> Sequence[str]:
+        self._read_only()
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        raise io.UnsupportedOperation(
+            f"{self.url}: http servers cannot be listed; list the folder or bucket behind it."
+        )
+
+    def _read_only(self) -> NoReturn:
+        raise io.UnsupportedOperation(
+            f"{self.url}: http servers are only read from; write to a folder or bucket and serve that."
+        )
+
+
+class HttpClient:
+    """GET requests for ranges, over connections that are kept; safe in threads and after a fork."""
+
+    def __init__(self, options: StorageConfig) -> None:
+        self._options = options
+        self._idle: dict[tuple[str, str], list[socket.socket]] = {}
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._redirects: dict[str, str] = {}
+
+    def get(
+        self, url: str, what: str, offset: int, end: int | None, authorization: dict[str, str] | None = None
+    ) -> "HttpBody":
+        """The answer to a GET of the bytes from `offset` to `end`, or to the object's end.
+
+        `what` names the object in errors, because the URL may hold a signature. `authorization` goes to the server in
+        the URL, never to those that it redirects to."""
+        headers = {"Accept-Encoding": "identity", "User-Agent": "audiosep-shards", "Connection": "keep-alive"}
+        if offset or end is not None:
+            headers["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
+        target = self._redirects.get(what, url)
+        for _ in range(6):
+            trusted = urlsplit(target)[:2] == urlsplit(url)[:2]
+            head = self._ask(urlsplit(target), headers | (authorization or {} if trusted else {}))
+            if head.status not in (301, 302, 303, 307, 308):
+                break
+            head.release(reuse=False)
+            target = self._redirects[what] = urljoin(target, head.headers.get("location", ""))
+        if head.status in (200, 206):
+            return HttpBody(head, what, offset, end, self._options)
+        head.release(reuse=False)
+        self._redirects.pop(what, None)  # redirects carry signatures that expire
+        if head.status == 416:
+            size = head.headers.get("content-range", "").rpartition("/")[2]
+            raise EOFError(f"{what} has {size or 'fewer'} bytes; wanted those from {offset} on.")
+        raise _failure(head)
+
+    def _ask(self, target: SplitResult, headers: dict[str, str]) -> "_Head":
+        """Send a GET and read the answer's head. A kept connection that the server has closed meanwhile is replaced."""
+        proxy = _proxy(target.scheme, target.netloc)
+        resource = f"{target.path or '/'}{'?' + target.query if target.query else ''}"
+        if proxy and target.scheme == "http":
+            resource = target.geturl()
+        lines = [
+            f"GET {resource} HTTP/1.1",
+            f"Host: {target.netloc}",
+            *(f"{key}: {value}" for key, value in headers.items()),
+        ]
+        request = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        while True:
+            kept = self._take(target)
+            connection = None
+            try:
+                connection = kept or _connect(target, proxy, self._options)
+                connection.sendall(request)
+                return _Head(connection, self, (target.scheme, target.netloc), self._options.stall_seconds)
+            except ssl.SSLCertVerificationError as error:
+                raise TransferError(
+                    f"{target.scheme}://{target.netloc}: {error}. Set SSL_CERT_FILE to its CA."
+                ) from None
+            except (OSError, Failure, http.client.HTTPException) as error:
+                if connection:
+                    connection.close()
+                if not kept or isinstance(error, TimeoutError):
+                    raise error if isinstance(error, Failure) else Failure(f"{type(error).__name__}: {error}") from None
+
+    def _take(self, target: SplitResult) -> socket.socket | None:
+        with self._lock:
+            if self._process != os.getpid():  # connections of the parent process, which goes on using them
+                self._idle, self._process = {}, os.getpid()
+            idle = self._idle.get((target.scheme, target.netloc))
+            return idle.pop() if idle else None
+
+    def keep(self, origin: tuple[str, str], connection: socket.socket) -> None:
+        with self._lock:
+            self._idle.setdefault(origin, []).append(connection)
+
+
+def _connect(target: SplitResult, proxy: str | None, options: StorageConfig) -> socket.socket:
+    """A connection to a URL's server, with TLS for https and through a proxy where the environment names one."""
+    via = urlsplit(proxy) if proxy else target
+    if target.scheme == "https":
+        maker: http.client.HTTPConnection = http.client.HTTPSConnection(
+            via.hostname or "", via.port, timeout=options.stall_seconds, context=_tls()
+        )
+        if proxy:
+            maker.set_tunnel(target.hostname or "", target.port or 443)
+    else:
+        maker = http.client.HTTPConnection(via.hostname or "", via.port, timeout=options.stall_seconds)
+    maker.connect()
+    return maker.sock
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+@functools.cache
+def _proxy(scheme: str, netloc: str) -> str | None:
+    """The URL of the proxy that the environment names for a server, as curl reads it (https_proxy, no_proxy, ...)."""
+    return None if urllib.request.proxy_bypass(netloc) else urllib.request.getproxies().get(scheme)
+
+
+class _Head:
+    """Status line and headers of an answer, with the connection that the rest comes from."""
+
+    def __init__(
+        self, connection: socket.socket, client: HttpClient, origin: tuple[str, str], stall_seconds: float
+    ) -> None:
+        self.connection, self._client, self._origin = connection, client, origin
+        data, end, deadline = b"", -1, time.monotonic() + stall_seconds
+        while end < 0:
+            piece = connection.recv(16384)
+            data += piece
+            end = data.find(b"\r\n\r\n")
+            if not piece or len(data) > 1 << 17 or time.monotonic() > deadline:
+                raise Failure(f"no answer: {len(data)} bytes of its head, then " + ("silence" if piece else "the end"))
+        first, *lines = data[:end].decode("latin-1").split("\r\n")
+        match = re.match(r"HTTP/1\.[01] (\d{3})", first)
+        if not match:
+            raise Failure(f"not an http answer: {first[:80]!r}")
+        self.status, self.reason = int(match[1]), first[9:80]
+        self.headers = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        self.rest = data[end + 4 :]
+        self.keeps_alive = first.startswith("HTTP/1.1") and self.headers.get("connection", "").lower() != "close"
+
+    def release(self, reuse: bool) -> None:
+        if reuse and self.keeps_alive:
+            self._client.keep(self._origin, self.connection)
+        else:
+            self.connection.close()
+
+
+def _failure(head: _Head) -> Failure:
+    """What an answer that brings no bytes means for another attempt."""
+    reason = f"the server answered {head.reason}"
+    if head.status in (401, 403):  # credentials may have expired: once more with fresh ones
+        return Failure(reason, error=PermissionError, attempts=3)
+    if head.status in (404, 410):
+        return Failure(reason, error=FileNotFoundError, attempts=3)
+    if head.status in (408, 425, 429) or head.status >= 500:
+        seconds = head.headers.get("retry-after", "")
+        return Failure(reason, retry_after=float(seconds) if seconds.isdecimal() else 0.0)
+    return Failure(reason, attempts=1)
+
+
+class HttpBody:
+    """The bytes of one answer, checked against what was asked for, and how fast they come."""
+
+    def __init__(self, head: _Head, what: str, offset: int, end: int | None, options: StorageConfig) -> None:
+        self._head, self._stall_seconds = head, options.stall_seconds
+        self._window_start, self._window_bytes = time.monotonic(), 0
+        self._rest = memoryview(head.rest)
+        self._skip = 0
+        try:
+            self.tag = head.headers.get("etag") or head.headers.get("last-modified")
+            length = _length(head)
+            if head.status == 206:
+                first, last, self.size = _content_range(head)
+                if first != offset or last + 1 - first != length or (end is not None and last >= end):
+                    raise Failure(f"asked for bytes {offset} to {end}, the server sends {first} to {last + 1}")
+                if last + 1 != end and last + 1 != self.size:
+                    raise Failure(f"asked for bytes {offset} to {end}, the server stops at {last + 1} of {self.size}")
+                self._remaining = length
+            else:
+                if offset and end is not None:
+                    raise io.UnsupportedOperation(
+                        f"{what}: the server ignores Range, so single samples cannot be read. Set a cache folder "
+                        "(cache_dir), which takes whole shards, or read the shards as a sequential stream."
+                    )
+                if offset > length:
+                    raise EOFError(f"{what} has {length} bytes; wanted those from {offset} on.")
+                self.size, self._skip = length, offset
+                self._remaining = min(length, length if end is None else end) - offset
+            self._reusable = head.status == 206 or self._remaining + self._skip == length
+        except BaseException:
+            head.release(reuse=False)
+            raise
+
+    def read_into(self, view: memoryview) -> int:
+        while self._skip:
+            self._skip -= self._receive(memoryview(bytearray(min(self._skip, _PROGRESS_BYTES))))
+        if not self._remaining:
+            return 0
+        count = self._receive(view[: self._remaining])
+        self._remaining -= count
+        return count
+
+    def _receive(self, view: memoryview) -> int:
+        if self._rest:
+            count = min(len(self._rest), len(view))
+            view[:count], self._rest = self._rest[:count], self._rest[count:]
+            return count
+        try:
+            count = self._head.connection.recv_into(view)
+        except OSError as error:
+            raise Failure(f"{type(error).__name__}: {error}") from None
+        if not count:
+            raise Failure(f"the connection was closed {self._remaining} bytes early")
+        self._window_bytes += count
+        now = time.monotonic()
+        if now - self._window_start > self._stall_seconds:
+            if self._window_bytes < _PROGRESS_BYTES:
+                raise Failure(f"only {self._window_bytes} bytes came in {now - self._window_start:.1f} s")
+            self._window_start, self._window_bytes = now, 0
+        return count
+
+    def close(self) -> None:
+        """Give the connection back if all was read from it, close it otherwise."""
+        self._head.release(reuse=self._reusable and not self._remaining and not self._skip)
+
+
+def _length(head: _Head) -> int:
+    """Content-Length of an answer, without which a cut connection would look like the end."""
+    encoding = head.headers.get("content-encoding", "identity")
+    text = head.headers.get("content-length", "")
+    if encoding != "identity" or not text.isdecimal():
+        raise Failure(f"the answer has Content-Length {text!r} and encoding {encoding!r}, so its end cannot be told")
+    return int(text)
+
+
+def _content_range(head: _Head) -> tuple[int, int, int | None]:
+    text = head.headers.get("content-range", "")
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", text)
+    if not match:
+        raise Failure(f"the answer has Content-Range {text!r}")
+    return int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])

@@ -1,0 +1,281 @@
+"""Buckets: S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage.
+
+Objects are written, listed and deleted by the `obstore` client. They are read by presigned URLs through our own http
+code where such a URL is computed locally (s3), since that fills the caller's memory without another copy, and through
+`obstore` elsewhere."""
+
+import itertools
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import obstore
+import obstore.store
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+
+from shards.http_store import Body, Failure, HttpClient, RemoteStore
+from shards.storage import Buffer, Sink, StorageConfig, TransferError, as_bytes, check_name
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Client
+
+T = TypeVar("T")
+
+
+class ObjectStore(RemoteStore):
+    """A prefix of a bucket. An object appears under its name whole, when its upload completes."""
+
+    def __init__(self, url: str, options: StorageConfig) -> None:
+        super().__init__(url, options)
+        parts = urlsplit(self.url)
+        self._scheme, self._bucket, self._prefix = parts.scheme, parts.netloc, parts.path.strip("/")
+        self._signs = parts.scheme == "s3" and options.signed_urls and not options.anonymous
+        self._http = HttpClient(options)
+        self._client: Client | None = None
+        self._lock = threading.Lock()
+
+    def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> Body:
+        if anew:
+            self._client = None  # the next one reads the environment and the profiles again
+        if self._signs:
+            signed = self._ask(name, lambda client: _sign(client, name))
+            return self._http.get(signed, f"{self.url}/{name}", offset, end)
+        try:
+            return _ClientBody(self._connect(), name, offset, end)
+        except (BaseError, OSError) as error:
+            if "416 Range Not Satisfiable" in str(error):
+                raise EOFError(f"{self.url}/{name} has fewer bytes; wanted those from {offset} on.") from None
+            raise _failure(error) from None
+
+    @contextmanager
+    def writer(self, name: str) -> Iterator[Sink]:
+        check_name(name)
+        sink = _PartSink(self.options.part_bytes)
+        with ThreadPoolExecutor(1) as thread:
+            upload = thread.submit(self._put, name, sink.parts(), multipart=True)
+            sink.feeds(upload)
+            try:
+                yield sink
+                sink.finish()
+            except BaseException as error:
+                sink.abort(error)
+                raise
+        upload.result()
+
+    def write(self, name: str, data: Buffer) -> None:
+        self._put(name, as_bytes(data), multipart=False)
+
+    def create(self, name: str, data: Buffer) -> bool:
+        try:
+            self._put(name, as_bytes(data), multipart=False, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        folder = prefix[: prefix.rfind("/") + 1].rstrip("/")
+        found = self._ask(prefix, lambda client: obstore.list(client, folder or None).collect())
+        return iter(sorted((each["path"], each["size"]) for each in found if each["path"].startswith(prefix)))
+
+    def delete(self, name: str) -> None:
+        try:
+            self._ask(check_name(name), lambda client: obstore.delete(client, name))
+        except FileNotFoundError:
+            return
+
+    def sweep(self, prefix: str = "") -> Sequence[str]:
+        """Abort multipart uploads to s3 below `prefix` that began more than `stale_temporary_hours` ago.
+
+        A bucket doesn't tell whether an upload's writer is alive; give its age time. On gs a lifecycle rule does this,
+        Azure drops uncommitted blocks after a week by itself."""
+        if self._scheme != "s3":
+            return []
+        import boto3  # only it lists uploads
+
+        client = boto3.client("s3", endpoint_url=self.options.endpoint, region_name=self.options.region)
+        root = self._prefix and self._prefix + "/"
+        began_before = datetime.now(UTC) - timedelta(hours=self.options.stale_temporary_hours)
+        swept = []
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=root + prefix)
+        for upload in itertools.chain.from_iterable(page.get("Uploads", ()) for page in pages):
+            if upload["Initiated"] < began_before:
+                client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                swept.append(upload["Key"].removeprefix(root))
+        return swept
+
+    def _put(self, name: str, data: Any, multipart: bool, mode: Any = None) -> None:
+        part = self.options.part_bytes
+        self._ask(
+            check_name(name),
+            lambda client: obstore.put(
+                client, name, data, mode=mode, use_multipart=multipart, chunk_size=part, max_concurrency=4
+            ),
+        )
+        self._versions.pop(name, None)  # what we replaced ourselves may be read anew
+
+    def _ask(self, name: str, request: Callable[["Client"], T]) -> T:
+        """What a request brings, its errors named by our URL and free of signatures."""
+        try:
+            return request(self._connect())
+        except (BaseError, OSError) as error:
+            raise _kind(error)(f"{self.url}/{name}: {_reason(error)}") from None
+
+    def _connect(self) -> "Client":
+        """The client of this process, made when it is first needed."""
+        _PROCESSES.add(os.getpid())
+        if len(_PROCESSES) > 1:
+            raise RuntimeError(
+                f"{self.url}: buckets were already used before this process was forked, and the client would hang in "
+                "it. Start processes with the spawn or forkserver method, or use threads."
+            )
+        with self._lock:
+            if self._client is None:
+                self._client = _make_client(self._scheme, self.url, self.options)
+            return self._client
+
+
+_PROCESSES: set[int] = set()  # that used obstore, as known here: a forked child inherits its parent's
+
+
+def _sign(client: "Client", name: str) -> str:
+    """A URL that reads an object for an hour: computed here, without a request."""
+    assert isinstance(client, obstore.store.S3Store)
+    return obstore.sign(client, "GET", name, timedelta(hours=1))
+
+
+def _make_client(scheme: str, url: str, options: StorageConfig) -> "Client":
+    config: dict[str, Any] = {"endpoint": options.endpoint, "skip_signature": options.anonymous or None}
+    provider = None
+    if scheme == "s3":
+        config["region"] = options.region
+        if not options.anonymous and _has_profile():
+            from obstore.auth.boto3 import Boto3CredentialProvider
+
+            provider = Boto3CredentialProvider()
+    seconds = timedelta(seconds=1)
+    return obstore.store.from_url(  # type: ignore[call-overload]
+        url,
+        config={key: value for key, value in config.items() if value is not None},
+        client_options={
+            "allow_http": True,  # where the endpoint says so
+            "read_timeout": options.stall_seconds * seconds,
+            "timeout": options.retry_seconds * seconds,
+        },
+        retry_config={
+            "max_retries": options.retry_attempts - 1,
+            "retry_timeout": options.retry_seconds * seconds,
+            "backoff": {"init_backoff": options.backoff_seconds * seconds, "max_backoff": 15 * seconds, "base": 2},
+        },
+        **({"credential_provider": provider} if provider else {}),
+    )
+
+
+def _has_profile() -> bool:
+    """Whether AWS credentials stand in a profile, which obstore leaves to boto3, and not in the environment."""
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        return False
+    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
+    return "AWS_PROFILE" in os.environ or file.exists()
+
+
+class _ClientBody:
+    """The answer to a request that obstore made."""
+
+    def __init__(self, client: "Client", name: str, offset: int, end: int | None) -> None:
+        wanted: Any = {"offset": offset} if end is None else (offset, end)
+        result = obstore.get(client, name, options={"range": wanted} if offset or end is not None else {})
+        self.tag = result.meta["e_tag"]
+        self.size: int | None = result.meta["size"]
+        self._chunks: Iterator[Any] = iter(result.stream(min_chunk_size=1 << 18))
+        self._rest = memoryview(b"")
+
+    def read_into(self, view: memoryview) -> int:
+        try:
+            while not self._rest:
+                self._rest = memoryview(next(self._chunks))
+        except StopIteration:
+            return 0
+        except (BaseError, OSError) as error:
+            raise _failure(error) from None
+        count = min(len(self._rest), len(view))
+        view[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._chunks = iter(())
+
+
+def _failure(error: Exception) -> Failure:
+    kind = _kind(error)
+    return Failure(_reason(error), error=kind, attempts=None if kind is TransferError else 3)
+
+
+def _kind(error: Exception) -> type[OSError]:
+    """The built-in error that says what an obstore error means."""
+    if isinstance(error, AlreadyExistsError):
+        return FileExistsError
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return PermissionError
+    return FileNotFoundError if isinstance(error, FileNotFoundError) else TransferError
+
+
+def _reason(error: Exception) -> str:
+    """An obstore error in one line, without its debugging part and without queries, which hold signatures."""
+    text = str(error).partition("\n\nDebug source")[0]
+    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", " ".join(text.split()))[:400]
+
+
+class _PartSink:
+    """Collects what is written into parts that a thread uploads, at most two ahead of it."""
+
+    def __init__(self, part_bytes: int) -> None:
+        self._part_bytes = part_bytes
+        self._part = bytearray()
+        self._parts: queue.SimpleQueue[bytearray | BaseException | None] = queue.SimpleQueue()
+        self._free = threading.Semaphore(2)
+
+    def feeds(self, upload: "Future[None]") -> None:
+        """Name the upload that takes the parts; once it has failed, `write` raises its error."""
+        self._upload = upload
+        upload.add_done_callback(lambda _: self._free.release())
+
+    def write(self, *buffers: Buffer) -> None:
+        for view in map(as_bytes, buffers):
+            while view:
+                count = min(len(view), self._part_bytes - len(self._part))
+                self._part += view[:count]
+                view = view[count:]
+                if len(self._part) == self._part_bytes:
+                    self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._free.acquire()
+        if self._upload.done():
+            self._free.release()  # for whoever writes on
+            self._upload.result()
+        self._parts.put(self._part)
+        self._part = bytearray()
+
+    def finish(self) -> None:
+        if self._part:
+            self._hand_over()
+        self._parts.put(None)
+
+    def abort(self, error: BaseException) -> None:
+        self._parts.put(error)
+
+    def parts(self) -> Iterator[bytearray]:
+        """The parts as they come; raises what `abort` was given, upon which the upload is aborted."""
+        while (part := self._parts.get()) is not None:
+            if isinstance(part, BaseException):
+                raise part
+            yield part
+            self._free.release()

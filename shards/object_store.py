@@ -222,7 +222,7 @@ def _kind(error: Exception) -> type[OSError]:
     """The built-in error that says what an obstore error means."""
     if isinstance(error, AlreadyExistsError):
         return FileExistsError
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in str(error):  # as lists do
         return PermissionError
     return FileNotFoundError if isinstance(error, FileNotFoundError) else TransferError
 

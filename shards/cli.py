@@ -2,16 +2,37 @@
 
 import argparse
 import importlib
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-from shards.manifest import IncompleteError, seal
-from shards.storage import open_store
+import numpy as np
+
+from shards.manifest import (
+    IncompleteError,
+    Manifest,
+    format_ranges,
+    load_manifest,
+    parse_ranges,
+    read_plan,
+    seal,
+    survey,
+)
+from shards.storage import Store, open_store
 
 COMMANDS = {
     "seal": ("shards.cli", "check that every shard is complete and write manifest.json"),
+    "verify": ("shards.cli", "read every byte and check it; with --repair make bad shards again"),
+    "info": ("shards.cli", "what a data set holds, or how far it has come"),
+    "show": ("shards.cli", "one sample's JSON and what is in its tensors"),
+    "cat": ("shards.cli", "one sample as a tar, or one of its members, to stdout"),
 }
-INCOMPLETE = 3
+BAD_SHARDS = 3
+REPAIR_CONFIG = "config.yaml"  # beside the shards: what `audiosep precompute` made them with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,24 +50,147 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return getattr(importlib.import_module(COMMANDS[command][0]), f"{command}_command")(words)
-    except IncompleteError as error:
+    except (ValueError, OSError, EOFError) as error:
         print(f"shards {command}: {error}", file=sys.stderr)
-        return INCOMPLETE
-    except (ValueError, OSError) as error:
-        print(f"shards {command}: {error}", file=sys.stderr)
-        return 2
+        return BAD_SHARDS if isinstance(error, IncompleteError) else 2
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"shards {command}", description=f"{COMMANDS[command][1].capitalize()}.")
+    parser.add_argument("root", metavar="ROOT", help="folder or URL of the shards")
+    return parser
 
 
 def seal_command(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shards seal", description="Check that all is there; write manifest.json.")
-    parser.add_argument("root", help="folder or URL that shards were written to")
+    parser = _parser("seal")
     parser.add_argument("--threads", type=int, help="records read at once (default: enough to hide the latency)")
     options = parser.parse_args(arguments)
-    manifest = seal(open_store(options.root), options.threads)
-    print(
+    print(_summary(seal(open_store(options.root), options.threads)))
+    return 0
+
+
+def _summary(manifest: Manifest) -> str:
+    return (
         f"{manifest.url}: {manifest.num_samples} samples in {manifest.num_shards} shards, "
-        f"{manifest.tar_bytes.sum() / 1e9:.2f} GB, digest {manifest.digest}"
+        f"{manifest.tar_bytes.sum() / 1e9:.3f} GB, digest {manifest.digest}"
     )
+
+
+def verify_command(arguments: Sequence[str]) -> int:
+    from shards.verify import verify
+
+    parser = _parser("verify")
+    parser.add_argument("--shards", metavar="3,17,40-52", help="only these (default: all)")
+    parser.add_argument("--threads", type=int, help="shards read at once (default: one for each core, more in buckets)")
+    parser.add_argument("--repair", action="store_true", help="delete and precompute bad shards, seal and verify again")
+    options = parser.parse_args(arguments)
+    store = open_store(options.root)
+    report = verify(store, parse_ranges(options.shards) if options.shards else None, options.threads)
+    if report.bad and options.repair:
+        print(report)
+        if status := _repair(store, list(report.bad)):
+            return status
+        report = verify(store, list(report.bad), options.threads)
+    print(report)
+    if report.bad:
+        print(f"Make them again: shards verify {store.url} --shards {format_ranges(list(report.bad))} --repair")
+    return BAD_SHARDS if report.bad else 0
+
+
+def _repair(store: Store, bad: Sequence[int]) -> int:
+    """Delete the bad shards and let `audiosep precompute` make them again; its exit status."""
+    from shards.writer import discard
+
+    config, plan = store.read(REPAIR_CONFIG), read_plan(store)
+    for index in bad:
+        discard(store, plan.shard_name(index))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, REPAIR_CONFIG)
+        path.write_bytes(config)
+        command = ["-m", "audiosep.cli", "precompute", "--config", str(path), "--shards", format_ranges(bad)]
+        status = subprocess.run([sys.executable, *command], check=False).returncode
+    if not status and store.size("manifest.json") is not None:
+        before = load_manifest(store)
+        after = seal(store)
+        if after.digest != before.digest:
+            print(f"{store.url}: the shards' bytes have changed; the digest was {before.digest}, is {after.digest}")
+    return status
+
+
+def info_command(arguments: Sequence[str]) -> int:
+    parser = _parser("info")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    store = open_store(options.root)
+    plan = read_plan(store)
+    facts = {"url": store.url, **asdict(plan), "num_shards": plan.num_shards, "spec_digest": plan.spec_digest}
+    if store.size("manifest.json") is not None:
+        manifest = load_manifest(store)
+        summary = _summary(manifest)
+        num_bytes = int(manifest.tar_bytes.sum())
+        fields = [asdict(field) for field in manifest.fields]
+        facts |= {"digest": manifest.digest, "num_bytes": num_bytes, "fields": fields, "rejected": manifest.rejected}
+    else:
+        missing = [index for index, found in enumerate(survey(store, plan)) if isinstance(found, str)]
+        facts["missing_shards"] = format_ranges(missing)
+        summary = f"{store.url}: not sealed, {plan.num_shards - len(missing)} of {plan.num_shards} shards are complete"
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(summary)
+    for name in ("fields", "rejected", "missing_shards", "spec"):
+        if facts.get(name):
+            print(f"{name}: {json.dumps(facts[name], indent=2)}")
+    return 0
+
+
+def _sample_parser(command: str) -> argparse.ArgumentParser:
+    parser = _parser(command)
+    parser.add_argument("sample", type=int, metavar="SAMPLE", help="its number, from 0")
+    return parser
+
+
+def show_command(arguments: Sequence[str]) -> int:
+    from shards.verify import read_sample
+
+    options = _sample_parser("show").parse_args(arguments)
+    store = open_store(options.root)
+    manifest = load_manifest(store)
+    sample = read_sample(store, manifest, options.sample)
+    shard, row = divmod(options.sample, manifest.plan.samples_per_shard)
+    print(f"{sample.key}, row {row} of {manifest.shard_name(shard)}.tar")
+    print(json.dumps(sample.text, indent=2, ensure_ascii=False))
+    for field in manifest.fields:
+        values = sample.arrays[field.name]
+        if field.dtype == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
+        mean = np.abs(finite).mean(dtype=np.float64) if finite.size else np.nan
+        print(
+            f"{field.name}: {field.dtype}{list(field.shape)}, {low:.4g} to {high:.4g}, mean magnitude {mean:.4g}, "
+            f"{values.size - finite.size} not finite"
+        )
+    return 0
+
+
+def cat_command(arguments: Sequence[str]) -> int:
+    from shards.tar import END, encode, members
+    from shards.verify import read_sample
+
+    parser = _sample_parser("cat")
+    parser.add_argument("member", nargs="?", help="such as json or condition.npy (default: all, as a tar)")
+    options = parser.parse_args(arguments)
+    store = open_store(options.root)
+    sample = read_sample(store, load_manifest(store), options.sample)
+    data = b"".join([*encode(sample), END])
+    if options.member:
+        places = {member.name.partition(".")[2]: member for member in members(data)}
+        if options.member not in places:
+            raise ValueError(f"sample {sample.key} has no {options.member}; it has {', '.join(places)}.")
+        member = places[options.member]
+        data = data[member.offset : member.offset + member.size]
+    sys.stdout.buffer.write(data)
     return 0
 
 

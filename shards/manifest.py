@@ -105,12 +105,13 @@ def survey(store: Store, plan: Plan, num_threads: int | None = None) -> Iterator
     Lists and reads with `num_threads` threads (the default hides the latency of shared file systems and buckets), a
     hundred shards at a time. Raises ValueError for a shard that was made to another spec."""
     groups = [range(start, min(start + 100, plan.num_shards)) for start in range(0, plan.num_shards, 100)]
-    with ThreadPoolExecutor(num_threads or max(16, store.concurrency)) as pool:
-        bar = tqdm(total=plan.num_shards, desc="records", unit="shard", disable=None)
+    with (
+        ThreadPoolExecutor(num_threads or max(16, store.concurrency)) as pool,
+        tqdm(total=plan.num_shards, desc="records", unit="shard", disable=None) as bar,
+    ):
         for found in pool.map(lambda group: _survey_group(store, plan, group), groups):
             yield from found
             bar.update(len(found))
-        bar.close()
 
 
 def _survey_group(store: Store, plan: Plan, group: range) -> list[Record | str]:
@@ -162,7 +163,7 @@ def seal(store: Store, num_threads: int | None = None) -> "Manifest":
         if record.fields != fields:
             missing[index] = f"its fields are {record.fields} and not {fields}"
         elif twin != index:
-            missing[index] = f"it holds the keys of shard {twin}"
+            missing[index] = f"it holds the keys of {plan.shard_name(twin)}"
         num_bytes[index] = record.num_bytes
         checksums[0][index] = int(record.checksum, 16)
         checksums[1][index] = int(record.index_checksum, 16)

@@ -209,7 +209,7 @@ def members(source: Bytes | BinaryIO, fragment: bool = False) -> Iterator[Member
         header = read(offset, BLOCK)
         if len(header) < BLOCK:
             raise ValueError(f"the tar is cut off at byte {offset + len(header)}: no closing zero blocks")
-        if not fragment and header == bytes(BLOCK):
+        if not fragment and not extra and header == bytes(BLOCK):
             return
         try:
             name, size, kind = _parse_tar_header(header)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from shards.manifest import Manifest, Plan, load_manifest, read_plan
 from shards.record import Record, complete_record, key_digest, read_index
 from shards.storage import Store
-from shards.tar import END, MAX_TEXT_BYTES, decode, frame
+from shards.tar import END, MAX_TEXT_BYTES, Sample, decode, frame
 
 READ_BYTES = 8 << 20  # samples are read so many bytes at a time, or one by one where they are larger
 
@@ -30,7 +30,8 @@ class Report:
     def __str__(self) -> str:
         rate = self.num_bytes / self.seconds / 1e6
         counts = f"{self.num_shards - len(self.bad)} of {self.num_shards} shards are good"
-        return f"{counts}; {self.num_bytes / 1e9:.2f} GB in {self.seconds:.1f} s, {rate:.0f} MB/s"
+        summary = f"{counts}; {self.num_bytes / 1e9:.3f} GB in {self.seconds:.1f} s, {rate:.0f} MB/s"
+        return "\n".join([*(f"BAD {reason}" for reason in self.bad.values()), summary])
 
 
 def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int | None = None) -> Report:
@@ -60,7 +61,7 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
                 continue
             twin = owners.setdefault(found.key_digest, index)
             if twin != index:
-                bad[index] = f"it holds the keys of {plan.shard_name(twin)}"
+                bad[index] = f"{plan.shard_name(index)}: it holds the keys of {plan.shard_name(twin)}"
             num_bytes += found.num_bytes
             bar.update(found.num_bytes)
     return Report(len(indices), num_bytes, time.perf_counter() - start, bad)
@@ -70,7 +71,7 @@ def _checked(store: Store, plan: Plan, manifest: Manifest | None, index: int, bu
     try:
         return check_shard(store, plan, manifest, index, buffers)
     except (ValueError, EOFError, FileNotFoundError) as error:
-        return str(error)
+        return f"{plan.shard_name(index)}: {error}"
 
 
 def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int, buffers: threading.local) -> Record:
@@ -95,7 +96,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int,
                 _expect("hash", xxhash.xxh3_64_intdigest(sample), int(entries[row, 2]))
                 keys.append(decode(sample, record.fields)[0])
             except ValueError as error:
-                raise ValueError(f"sample {row} of {name}, at byte {entries[row, 0]}: {error}") from None
+                raise ValueError(f"sample {row}, at byte {entries[row, 0]}: {error}") from None
     end = bytearray(len(END))
     store.read_range(f"{name}.tar", record.num_bytes - len(END), [memoryview(end)])
     whole.update(end)
@@ -148,3 +149,24 @@ def _split(data: memoryview, entries: NDArray[np.uint64]) -> Iterator[memoryview
             return
         yield data[offset : offset + size]
         offset += size
+
+
+def read_sample(store: Store, manifest: Manifest, index: int) -> Sample:
+    """Sample `index` of a sealed data set, checked like in `verify`; bfloat16 tensors as their bits in uint16.
+
+    For looking at single samples; `ShardLoader` is for many. Raises ValueError, EOFError or FileNotFoundError."""
+    if not 0 <= index < manifest.num_samples:
+        raise ValueError(f"{manifest.url} has samples 0 to {manifest.num_samples - 1}, not {index}.")
+    shard, row = divmod(index, manifest.plan.samples_per_shard)
+    name = manifest.shard_name(shard)
+    entries = read_index(store, name, len(manifest.plan.samples(shard)), manifest.index_checksum(shard))
+    offset, size, checksum = entries[row].tolist()
+    data = memoryview(bytearray(size))
+    store.read_range(f"{name}.tar", offset, [data])
+    _expect(f"hash of sample {index}, row {row} of {name},", xxhash.xxh3_64_intdigest(data), checksum)
+    key, text, tensors = decode(data, manifest.fields)
+    arrays = {
+        field.name: np.frombuffer(tensor, field.stored).reshape(field.shape)
+        for field, tensor in zip(manifest.fields, tensors)
+    }
+    return Sample(key, text, arrays)

@@ -1,5 +1,6 @@
 """ResUNet30 equals upstream's on the same weights, in names and in numbers, and trains everything that it uses."""
 
+import numpy as np
 import pytest
 import torch
 import upstream
@@ -37,6 +38,70 @@ def test_waveform_equals_upstreams(released: ResUNet30) -> None:
     waveform = torch.istft(estimate[0].mT, 2048, 320, window=window, length=golden["mixture"].shape[-1])
     assert (waveform - golden["waveform"][0]).abs().max() < 1e-4
     assert golden["waveform"].abs().max() > 0.05  # or 1e-4 would say little
+
+
+def numpy_estimate(state: dict[str, np.ndarray], depth: int, mixture: np.ndarray, condition: np.ndarray) -> np.ndarray:
+    """The complex estimate [B, C, T, F] of a model in eval mode, as AudioSep's paper and table of tensors define it."""
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        mean, var, weight, bias = (
+            state[f"base.{name}.{field}"].reshape(-1, 1, 1)
+            for field in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+    def activation(x: np.ndarray, name: str) -> np.ndarray:
+        layer = "film." + name.replace(".", "->").replace("bn", "beta")
+        x = norm(x, name) + (condition @ state[f"{layer}.weight"].T + state[f"{layer}.bias"])[:, :, None, None]
+        return np.where(x > 0, x, 0.01 * x)
+
+    def conv(x: np.ndarray, name: str) -> np.ndarray:
+        weight, bias = state[f"base.{name}.weight"], state.get(f"base.{name}.bias", np.zeros(1))
+        height, width = weight.shape[2:]
+        x = np.pad(x, ((0, 0), (0, 0), (height // 2, height // 2), (width // 2, width // 2)))
+        windows = np.lib.stride_tricks.sliding_window_view(x, (height, width), (2, 3))
+        return np.einsum("bitfhw,oihw->botf", windows, weight) + bias.reshape(-1, 1, 1)
+
+    def block(x: np.ndarray, name: str) -> np.ndarray:
+        y = conv(activation(conv(activation(x, f"{name}.bn1"), f"{name}.conv1"), f"{name}.bn2"), f"{name}.conv2")
+        return y + (conv(x, f"{name}.shortcut") if f"base.{name}.shortcut.weight" in state else x)
+
+    magnitude = np.maximum(np.abs(mixture), 1e-5)
+    x = norm(magnitude.transpose(0, 3, 2, 1), "bn0").transpose(0, 3, 2, 1)
+    num_frames = x.shape[2]
+    x = np.pad(x, ((0, 0), (0, 0), (0, -num_frames % 2 ** (depth - 1)), (0, 0)))[..., :-1]
+    x, skips = conv(x, "pre_conv"), []
+    for level in range(1, depth + 1):
+        x = block(x, f"encoder_block{level}.conv_block1")
+        skips.append(x)
+        b, c, t, f = x.shape
+        frames = 1 if level == depth else 2
+        x = x.reshape(b, c, t // frames, frames, f // 2, 2).mean((3, 5))
+    x = block(x, f"conv_block{depth + 1}a.conv_block1")
+    for level in range(1, depth + 1):
+        name = f"decoder_block{level}"
+        x = np.einsum("bitf,iohw->bothfw", activation(x, f"{name}.bn1"), state[f"base.{name}.conv1.weight"])
+        b, o, t, h, f, w = x.shape
+        x = block(np.concatenate([x.reshape(b, o, t * h, f * w), skips.pop()], 1), f"{name}.conv_block2")
+    mask, real, imaginary = np.pad(conv(x, "after_conv"), ((0, 0), (0, 0), (0, 0), (0, 1)))[:, :, :num_frames].swapaxes(
+        0, 1
+    )
+    phase = np.tanh(real) + 1j * np.tanh(imaginary)
+    return mixture * (phase / np.maximum(np.abs(phase), 1e-10) / (1 + np.exp(-mask)))[:, None]
+
+
+@torch.no_grad()
+def test_complex_path_equals_a_numpy_model_in_float64() -> None:
+    torch.manual_seed(0)
+    model = ResUNet30(ResUNetConfig(window_lengths=(64,), widths=SMALL.widths, condition_size=5)).double().eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.5 if name.endswith("var") else torch.randn_like(tensor) / 2)
+    batch = random_batch(num_frames=11, dtype=torch.complex128)
+    batch["condition"] = batch["condition"].double()
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    expected = numpy_estimate(state, 3, batch["stft_mixture"].numpy(), batch["condition"].numpy())
+    np.testing.assert_allclose(model(batch)["stft_waveform"].numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

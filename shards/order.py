@@ -5,6 +5,7 @@ audit computes the same one, from any position on."""
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,3 +103,73 @@ class EpochOrder:
         behind_short = places >= (self._short + 1) * self.block_samples - self._missing
         places = places + behind_short * self._missing
         return self._blocks(places // self.block_samples) * self.block_samples + places % self.block_samples
+
+
+MIXING_PERIOD = 10_000  # samples over which weights are kept exactly, up to 1 / MIXING_PERIOD each
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What stands at some places of a stream, all int64 and of one shape: data set, pass over it, sample in it."""
+
+    source: Integers
+    cycle: Integers
+    sample: Integers
+
+    def __getitem__(self, index: int) -> "Draws":
+        return Draws(self.source[index], self.cycle[index], self.sample[index])
+
+
+class StreamOrder:
+    """The endless order of one or several data sets: pass after pass over each, interleaved by their weights.
+
+    In every MIXING_PERIOD places each data set has its share, shuffled among the others'. Its own n-th place takes
+    sample n % num_samples of its pass n // num_samples, so no sample comes twice before all have come once."""
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[str, int]],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        block_samples: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        """`sources`: digest and number of samples of each. `shuffle` False: every pass in the order of the shards."""
+        if len(weights) != len(sources) or not all(weight > 0 for weight in weights):
+            raise ValueError(f"{len(sources)} data sets need as many positive weights, not {list(weights)}.")
+        self._sources = sources
+        self._seed = seed
+        self._block_samples = block_samples
+        self._shuffle = shuffle
+        self._bounds = np.round(np.cumsum([0.0, *weights]) / sum(weights) * MIXING_PERIOD).astype(np.int64)
+        self._shares = np.diff(self._bounds)
+        if self._shares.min() == 0:
+            raise ValueError(f"Weights {list(weights)}: the smallest is under 1/{MIXING_PERIOD} of the sum.")
+
+    def __getitem__(self, places: ArrayLike) -> Draws:
+        """What stands at these places of the stream, any integers from 0 on."""
+        places = np.asarray(places, np.int64)
+        source, turn = self._interleave(places)
+        num_samples = np.array([size for _, size in self._sources])[source]
+        cycle, position = np.divmod(turn, num_samples)
+        sample = position
+        if self._shuffle:
+            sample = np.empty_like(position)
+            for index, number in {*zip(source.ravel().tolist(), cycle.ravel().tolist())}:
+                digest, size = self._sources[index]
+                chosen = (source == index) & (cycle == number)
+                order = EpochOrder(size, self._block_samples, digest, self._seed, number)
+                sample[chosen] = order[position[chosen]]
+        return Draws(source, cycle, sample)
+
+    def _interleave(self, places: Integers) -> tuple[Integers, Integers]:
+        """Whose place it is, and how many that data set had before."""
+        if len(self._sources) == 1:
+            return np.zeros_like(places), places
+        period, slot = np.divmod(places, MIXING_PERIOD)
+        for number in np.unique(period):
+            mixing = Permutation(MIXING_PERIOD, (self._seed, int(number)))
+            slot[period == number] = mixing(slot[period == number])
+        source = np.searchsorted(self._bounds, slot, side="right") - 1
+        return source, period * self._shares[source] + slot - self._bounds[source]

@@ -1,0 +1,172 @@
+"""Threads that fill batches row by row, a bounded number of batches ahead of their consumer."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.batches import Batch, Layout
+from shards.order import Draws, Integers
+from shards.reader import CorruptSampleError, SampleReader
+
+
+class Filling:
+    """A batch while its rows are being read."""
+
+    def __init__(
+        self, positions: Integers, epoch_samples: int, draws: Draws, layout: Layout, memory: torch.Tensor
+    ) -> None:
+        """`draws`: what stands at `positions`; beyond the epoch's end, what stands at its last position."""
+        self.positions = positions
+        self.inside = positions < epoch_samples
+        self.draws = draws
+        self.fields = layout.fields
+        self.tensors = layout.tensors(memory)
+        self.rows = layout.rows(memory.numpy())
+        self.keys = [""] * len(positions)
+        self.text: list[dict[str, Any]] = [{} for _ in positions]
+        self.damaged: dict[int, CorruptSampleError] = {}
+        self.failure: Exception | None = None
+        self.num_unread = len(positions)
+
+    @property
+    def valid(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """bool [B]: rows that hold the sample of their place, and nothing that only fills up the batch."""
+        valid = self.inside.copy()
+        valid[list(self.damaged)] = False
+        return valid
+
+    def batch(self) -> Batch:
+        """The finished batch. Rows of damaged samples repeat a sound one, so that they are numbers like any other."""
+        sound = [row for row in range(len(self.keys)) if row not in self.damaged]
+        for row in self.damaged:
+            for tensor in self.tensors.values():
+                tensor[row] = tensor[sound[0]] if sound else 0
+            if sound:
+                self.keys[row], self.text[row] = self.keys[sound[0]], self.text[sound[0]]
+        valid, positions = torch.from_numpy(self.valid), torch.from_numpy(self.positions)
+        return Batch(self.keys, self.text, self.tensors, valid, positions)
+
+
+class ReadAhead:
+    """Reads what stands in `empty` batches and hands them out in their order.
+
+    Which thread reads which row is left to chance; what stands in it is not."""
+
+    def __init__(
+        self,
+        readers: Sequence[SampleReader],
+        empty: Iterator[Filling],
+        num_threads: int,
+        num_ahead: int,
+        timeout_seconds: float,
+    ) -> None:
+        """`num_ahead`: batches begun and not yet taken, at most. `timeout_seconds`: for one read of a sample."""
+        self._readers = readers
+        self._empty = empty
+        self._num_ahead = num_ahead
+        self._timeout_seconds = timeout_seconds
+        lock = threading.Lock()
+        self._room = threading.Condition(lock)
+        self._ready = threading.Condition(lock)
+        self._begun: deque[Filling] = deque()
+        self._rows: Iterator[tuple[Filling, int]] = iter(())  # not yet given out, of the batch that was begun last
+        self._reading: dict[int, tuple[float, Filling, int]] = {}  # since when each thread reads what
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> Filling:
+        """The next batch, filled. Raises what its reading raised, and TimeoutError if a read is stuck."""
+        with self._ready:
+            while self._failure is None and not (self._begun and self._begun[0].num_unread == 0):
+                self._ready.wait(timeout=1.0)
+                self._check_progress()
+            if self._failure is not None:
+                raise self._failure
+            filling = self._begun.popleft()
+            self._room.notify_all()
+        if filling.failure is not None:
+            raise filling.failure
+        return filling
+
+    def _check_progress(self) -> None:
+        for since, filling, row in list(self._reading.values()):
+            seconds = time.monotonic() - since
+            if seconds > self._timeout_seconds:
+                reader = self._readers[filling.draws.source[row]]
+                raise TimeoutError(
+                    f"{reader.place(int(filling.draws.sample[row]))} has been read for {seconds:.0f} s, longer than "
+                    "read_timeout_seconds: the storage does not answer. Look at the file system or network, or allow "
+                    "more time."
+                )
+
+    def close(self) -> None:
+        """Stop the threads behind the rows they are reading."""
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=0 if self._failure else 1.0)
+
+    def _work(self) -> None:
+        try:
+            fill = self._row_filler()
+            while job := self._next_row():
+                filling, row = job
+                self._reading[threading.get_ident()] = (time.monotonic(), filling, row)
+                try:
+                    fill(filling, row)
+                except CorruptSampleError as error:
+                    filling.damaged[row] = error
+                except Exception as error:
+                    filling.failure = error
+                del self._reading[threading.get_ident()]
+                with self._ready:
+                    filling.num_unread -= 1
+                    if filling.num_unread == 0:
+                        self._ready.notify()
+        except BaseException as error:  # would end this thread in silence while the consumer waits
+            with self._ready:
+                self._failure = error
+                self._ready.notify()
+
+    def _next_row(self) -> tuple[Filling, int] | None:
+        """The next row to read, once there is room for its batch; None when there are no more."""
+        with self._room:
+            while not self._closed:
+                if job := next(self._rows, None):
+                    return job
+                if len(self._begun) < self._num_ahead:
+                    filling = next(self._empty, None)
+                    if filling is None:
+                        return None
+                    self._begun.append(filling)
+                    self._rows = ((filling, row) for row in range(len(filling.keys)))
+                else:
+                    self._room.wait()
+        return None
+
+    def _row_filler(self) -> Callable[[Filling, int], None]:
+        """A function that reads one row of a batch; each thread has its own, with its own scratch memory."""
+        scratch = memoryview(bytearray(max(reader.scratch_bytes for reader in self._readers)))
+        stored = Layout(self._readers[0].fields, 1)
+        narrow = torch.empty(stored.num_bytes, dtype=torch.uint8)
+        narrow_rows, narrow_tensors = stored.rows(narrow.numpy())[0], stored.tensors(narrow)
+
+        def fill(filling: Filling, row: int) -> None:
+            reader = self._readers[filling.draws.source[row]]
+            widen = filling.fields != reader.fields
+            rows = narrow_rows if widen else filling.rows[row]
+            filling.keys[row], filling.text[row] = reader.read(int(filling.draws.sample[row]), rows, scratch)
+            if widen:
+                for name, tensor in narrow_tensors.items():
+                    filling.tensors[name][row].copy_(tensor[0])
+
+        return fill

@@ -1,0 +1,176 @@
+"""One sample from its shard straight into the rows of a batch: one scattered read, and nothing taken on trust."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shards.manifest import Manifest
+from shards.record import read_index
+from shards.storage import Store
+from shards.tar import BLOCK, MAX_TEXT_BYTES, Field, explain, frame, parse_head, parse_text
+
+READ_THROUGH_BYTES = 1 << 16  # a field this small is cheaper read and thrown away than skipped by another request
+INDEX_CACHE_BYTES = 64 << 20  # 2.8 million samples; beyond it a shard's index is fetched again when it is needed
+
+_SCRATCH, _SKIP = -1, -2  # where bytes go that are no row of the batch
+_DAMAGE = (ValueError, EOFError, FileNotFoundError)
+
+
+class CorruptSampleError(ValueError):
+    """A sample's bytes are missing or are not those that were written; the message names shard, row and remedy."""
+
+
+def select(fields: Sequence[Field], names: Sequence[str] | None) -> tuple[Field, ...]:
+    """The fields of these names, in the order of the names (None: all). Raises ValueError for one that is not there."""
+    by_name = {field.name: field for field in fields}
+    missing = [name for name in names or () if name not in by_name]
+    if missing:
+        raise ValueError(f"There is no field {missing[0]!r} in this data set, which has {', '.join(by_name)}.")
+    return tuple(fields if names is None else (by_name[name] for name in names))
+
+
+class SampleReader:
+    """Reads the samples of one sealed data set by number. Safe to use from several threads at once."""
+
+    def __init__(
+        self, manifest: Manifest, store: Store, fields: Sequence[str] | None = None, checksums: bool = True
+    ) -> None:
+        """`fields`: names of those to read (None: all); large ones that are not among them are not read at all.
+
+        `checksums`: compare every sample's xxh3-64 with its index. It covers whole samples, so where fields are skipped
+        (`self.checksums` is False then) only the bytes around the tensors are compared."""
+        self.manifest = manifest
+        self.fields = select(manifest.fields, fields)
+        self.store = store
+        # A sample is a head (the JSON with the headers around it), then each tensor and what follows it. All but the
+        # head have fixed sizes, so the sample's size in the index gives the place of every tensor.
+        _, self._header_bytes, *after = (len(piece) for piece in frame("key", 0, manifest.fields))
+        rows = {field.name: row for row, field in enumerate(self.fields)}
+        targets = [rows.get(f.name, _SCRATCH if f.num_bytes <= READ_THROUGH_BYTES else _SKIP) for f in manifest.fields]
+        self._parts: list[tuple[int, int]] = []  # behind the head: (row of the batch, _SCRATCH or _SKIP; bytes)
+        self._pieces: list[
+            tuple[int, int]
+        ] = []  # (which piece of the frame, where it is in the scratch behind the head)
+        self._around_bytes = 0
+        for index, (field, target, following) in enumerate(zip(manifest.fields, targets, [*targets[1:], _SKIP])):
+            around = _SKIP if target == following == _SKIP else _SCRATCH
+            self._add_part(target, field.num_bytes)
+            if around == _SCRATCH:
+                self._pieces.append((index + 2, self._around_bytes))
+            self._add_part(around, after[index])
+        self._rest_bytes = sum(num_bytes for _, num_bytes in self._parts)
+        self.checksums = checksums and all(kind != _SKIP for kind, _ in self._parts)
+        self._indices: OrderedDict[int, NDArray[np.uint64]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _add_part(self, kind: int, num_bytes: int) -> None:
+        self._parts.append((kind, num_bytes))
+        self._around_bytes += num_bytes * (kind == _SCRATCH)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that `read` needs for what surrounds the tensors."""
+        return BLOCK + MAX_TEXT_BYTES + BLOCK + self._header_bytes + self._around_bytes
+
+    def read(self, sample: int, rows: Sequence[memoryview], scratch: memoryview) -> tuple[str, dict[str, Any]]:
+        """Fill `rows`, one for the bytes of each of `self.fields`, and return the sample's key and text.
+
+        `scratch`: `scratch_bytes` of memory that nobody else uses meanwhile.
+        Damage is read once more before it raises CorruptSampleError; the rows then hold anything. Other errors of the
+        storage (OSError) pass through."""
+        try:
+            return self._read(sample, rows, scratch)
+        except _DAMAGE:
+            try:
+                return self._read(sample, rows, scratch)
+            except _DAMAGE as error:
+                raise CorruptSampleError(
+                    f"{self.place(sample)}: {error}. Check the data set with `shards verify {self.manifest.url}` and "
+                    "make the shard again, or go on without such samples with on_corrupt: skip."
+                ) from error
+
+    def place(self, sample: int) -> str:
+        """Where a sample stands, for people."""
+        shard, row = self._locate(sample)
+        return f"sample {sample} (row {row} of {self.manifest.url}/{self.manifest.shard_name(shard)}.tar)"
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        return divmod(sample, self.manifest.plan.samples_per_shard)
+
+    def _read(self, sample: int, rows: Sequence[memoryview], scratch: memoryview) -> tuple[str, dict[str, Any]]:
+        shard, row = self._locate(sample)
+        name = f"{self.manifest.shard_name(shard)}.tar"
+        offset, size, checksum = self._index(shard)[row].tolist()
+        head_bytes = size - self._rest_bytes
+        if not BLOCK + self._header_bytes <= head_bytes <= len(scratch) - self._around_bytes:
+            raise ValueError(f"its {size} bytes in the index do not fit its fields")
+        runs = self._scatter(offset, head_bytes, rows, scratch)
+        for start, buffers in runs:
+            self.store.read_range(name, start, buffers)
+        if self.checksums:
+            state = xxhash.xxh3_64()
+            for buffer in runs[0][1]:
+                state.update(buffer)
+            if state.intdigest() != checksum:
+                raise ValueError(f"its bytes have the checksum {state.hexdigest()} and not {checksum:016x}")
+        key, text_size = parse_head(scratch)
+        if not self.checksums and not self._is_framed(key, text_size, head_bytes, scratch):
+            raise ValueError(self._explain(name, offset, size))
+        return key, parse_text(scratch[BLOCK : BLOCK + text_size])
+
+    def _scatter(
+        self, offset: int, head_bytes: int, rows: Sequence[memoryview], scratch: memoryview
+    ) -> list[tuple[int, list[memoryview]]]:
+        """What to read: byte offsets in the tar, and the buffers that the bytes from there on go to."""
+        buffers = [scratch[:head_bytes]]
+        runs = [(offset, buffers)]
+        offset += head_bytes
+        used = head_bytes
+        skipping = False
+        for kind, num_bytes in self._parts:
+            if kind != _SKIP:
+                if skipping:
+                    buffers = []
+                    runs.append((offset, buffers))
+                if kind == _SCRATCH:
+                    buffers.append(scratch[used : used + num_bytes])
+                    used += num_bytes
+                else:
+                    buffers.append(rows[kind])
+            skipping = kind == _SKIP
+            offset += num_bytes
+        return runs
+
+    def _is_framed(self, key: str, text_size: int, head_bytes: int, scratch: memoryview) -> bool:
+        """Whether every byte that was read and is neither JSON nor tensor is as the format has it."""
+        pieces = frame(key, text_size, self.manifest.fields)
+        places = [(0, 0), (1, BLOCK + text_size), *((piece, head_bytes + place) for piece, place in self._pieces)]
+        return len(pieces[1]) == head_bytes - BLOCK - text_size and all(
+            scratch[place : place + len(pieces[piece])] == pieces[piece] for piece, place in places
+        )
+
+    def _explain(self, name: str, offset: int, size: int) -> str:
+        """Why a sample is not what it should be, from all of its bytes."""
+        data = bytearray(size)
+        self.store.read_range(name, offset, [memoryview(data)])
+        key, _ = parse_head(data)
+        return explain(data, key, self.manifest.fields)
+
+    def _index(self, shard: int) -> NDArray[np.uint64]:
+        """Offset, size and checksum of each sample of a shard, uint64 [num_samples, 3]; the last used ones are kept."""
+        with self._lock:
+            if shard in self._indices:
+                self._indices.move_to_end(shard)
+                return self._indices[shard]
+        name, num_samples = self.manifest.shard_name(shard), len(self.manifest.plan.samples(shard))
+        index = read_index(self.store, name, num_samples, self.manifest.index_checksum(shard))
+        with self._lock:
+            self._indices[shard] = index
+            while len(self._indices) * index.nbytes > INDEX_CACHE_BYTES:
+                self._indices.popitem(last=False)
+        return index

@@ -390,9 +390,11 @@ class HttpBody:
                 self._remaining = length
             else:
                 if offset and end is not None:
-                    raise io.UnsupportedOperation(
-                        f"{what}: the server ignores Range, so single samples cannot be read. Set a cache folder "
-                        "(cache_dir), which takes whole shards, or read the shards as a sequential stream."
+                    raise Failure(
+                        "the server ignores Range, so single samples cannot be read; set a cache folder, which takes "
+                        "whole shards, or read the shards as a sequential stream",
+                        error=io.UnsupportedOperation,
+                        attempts=3,
                     )
                 if offset > length:
                     raise EOFError(f"{what} has {length} bytes; wanted those from {offset} on.")

@@ -82,8 +82,20 @@ class ObjectStore(RemoteStore):
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         folder = prefix[: prefix.rfind("/") + 1].rstrip("/")
-        found = self._ask(prefix, lambda client: obstore.list(client, folder or None).collect())
-        return iter(sorted((each["path"], each["size"]) for each in found if each["path"].startswith(prefix)))
+        after = prefix.removeprefix(folder).strip("/") and prefix
+        found = self._ask(prefix, lambda client: self._pages(client, folder, after))
+        if after and (size := self.size(prefix)) is not None:
+            yield prefix, size
+        yield from found
+
+    def _pages(self, client: "Client", folder: str, prefix: str) -> Sequence[tuple[str, int]]:
+        """Names below `folder` that come after `prefix` and start with it, and their sizes."""
+        found = []
+        for page in obstore.list(client, folder or None, offset=prefix or None, chunk_size=1000):
+            found += [(each["path"], each["size"]) for each in page if each["path"].startswith(prefix)]
+            if prefix and page[-1]["path"] > prefix and not page[-1]["path"].startswith(prefix):
+                break
+        return sorted(found)
 
     def delete(self, name: str) -> None:
         try:

@@ -111,6 +111,7 @@ class HttpServer(Server):
         self.files = folder / "files"
         self.files.mkdir()
         self.url = f"http://127.0.0.1:{port}"
+        self.options = StorageConfig()
         (folder / "nginx.conf").write_text(_NGINX_CONFIG.format(folder=folder, port=port))
         command = [str(nginx_binary()), "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"]
         super().__init__(command, folder, lambda: _status(f"{self.url}/") != 0, {})

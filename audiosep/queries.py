@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import soxr
 import xxhash
 from pydantic import Field
 
@@ -38,26 +39,40 @@ class QueryConfig:
         Field(
             description="clap's weights: a folder or hub id in transformers' layout, LAION's .pt or AudioSep's .ckpt"
         ),
-    ] = "laion/clap-htsat-unfused"
+    ] = "laion/larger_clap_general"
     tokenizer: Annotated[str, Field(description="folder or hub id of the tokenizer that a .pt or .ckpt needs")] = (
         "roberta-base"
     )
+    use_text_ratio: Annotated[
+        float,
+        Field(
+            ge=0, le=1, description="share of samples whose condition is of the caption; others: of the target's audio"
+        ),
+    ] = 1.0
 
 
-Embed = Callable[[str], "Tensor"]  # one caption to one embedding [D], of any norm
+EmbedText = Callable[[str], "Tensor"]  # a caption to an embedding [D] of any norm
+EmbedAudio = Callable[[np.ndarray, int], "Tensor"]  # the same of a waveform [L] and its sample rate
 
 
 class Encoder:
-    """Captions to embeddings of unit length.
+    """Captions, and with some encoders sounds, to embeddings of unit length.
 
-    The weights are found and digested at once, but loaded (seconds, most of them imports) at the first caption.
-    Captions are encoded one by one: padding them to a batch would let a caption's last bits depend on its neighbours,
-    and a shard's bytes on who rendered it."""
+    The weights are found and digested at once, but loaded (seconds, most of them imports) at the first use. Captions
+    are encoded one by one: padding them to a batch would let a caption's last bits depend on its neighbours, and a
+    shard's bytes on who rendered it."""
 
-    def __init__(self, name: str, weights: Path, load: Callable[[], Embed]) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: Path,
+        load_text: Callable[[], EmbedText],
+        load_audio: Callable[[], EmbedAudio] | None = None,
+    ) -> None:
         self.identity = f"{name}:{_digest(weights)}"
-        self._load = functools.cache(load)
-        self._encode = functools.lru_cache(CACHED_CAPTIONS)(self._embed)
+        self._load_text = functools.cache(load_text)
+        self._load_audio = load_audio and functools.cache(load_audio)
+        self._encode = functools.lru_cache(CACHED_CAPTIONS)(lambda caption: _unit(self._load_text(), caption))
 
     @property
     def size(self) -> int:
@@ -68,11 +83,21 @@ class Encoder:
         """Embeddings, float32 [N, D]."""
         return np.stack([self._encode(caption) for caption in captions])
 
-    def _embed(self, caption: str) -> np.ndarray:
-        import torch
+    def encode_audio(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
+        """Embedding, float32 [D], of a waveform, float32 [L]. Raises ValueError if the encoder knows text only."""
+        if self._load_audio is None:
+            raise ValueError(
+                f"The query encoder {self.identity} has no audio tower here. Set use_text_ratio to 1, or use clap "
+                "from a folder or hub id."
+            )
+        return _unit(self._load_audio(), waveform, sample_rate)
 
-        with torch.inference_mode():
-            return torch.nn.functional.normalize(self._load()(caption), dim=0).cpu().numpy()
+
+def _unit(embed: Callable[..., Tensor], *query: Any) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return torch.nn.functional.normalize(embed(*query), dim=0).cpu().numpy()
 
 
 def make_encoder(config: QueryConfig, device: str = "cpu") -> Encoder:
@@ -84,10 +109,11 @@ def make_encoder(config: QueryConfig, device: str = "cpu") -> Encoder:
     if checkpoint.suffix in (".pt", ".ckpt"):
         return Encoder("clap", checkpoint, lambda: load_laion_clap(checkpoint, config.tokenizer, device))
     folder = _local_folder(config.checkpoint)
-    return Encoder("clap", folder / "model.safetensors", lambda: load_clap(folder, device))
+    weights = folder / "model.safetensors"
+    return Encoder("clap", weights, lambda: load_clap(folder, device), lambda: load_clap_audio(folder, device))
 
 
-def load_minilm(folder: Path, device: str) -> Embed:
+def load_minilm(folder: Path, device: str) -> EmbedText:
     """Sentence-transformers' all-MiniLM-L6-v2: the mean of its token states, over at most 256 tokens."""
     transformers = _import_transformers()
     model = transformers.BertModel.from_pretrained(folder, local_files_only=True).eval().to(device)
@@ -95,15 +121,29 @@ def load_minilm(folder: Path, device: str) -> Embed:
     return lambda caption: model(**tokenize(caption)).last_hidden_state[0].mean(0)
 
 
-def load_clap(folder: Path, device: str) -> Embed:
-    """The text tower of a CLAP model as transformers keeps it, projection included."""
+def load_clap(folder: Path, device: str) -> EmbedText:
+    """The text tower of a CLAP model in transformers' layout, projection included."""
     transformers = _import_transformers()
     model = transformers.ClapTextModelWithProjection.from_pretrained(folder, local_files_only=True).eval().to(device)
     tokenize = _tokenizer(folder, device, max_length=512)
     return lambda caption: model(**tokenize(caption)).text_embeds[0]
 
 
-def load_laion_clap(checkpoint: Path, tokenizer: str, device: str) -> Embed:
+def load_clap_audio(folder: Path, device: str) -> EmbedAudio:
+    """The audio tower of a CLAP model in transformers' layout. It hears the first 10 s; shorter sounds are repeated."""
+    transformers = _import_transformers()
+    model = transformers.ClapAudioModelWithProjection.from_pretrained(folder, local_files_only=True).eval().to(device)
+    extractor = transformers.ClapFeatureExtractor.from_pretrained(folder, local_files_only=True)
+
+    def embed(waveform: np.ndarray, sample_rate: int) -> Tensor:
+        heard = soxr.resample(waveform, sample_rate, extractor.sampling_rate)[: extractor.nb_max_samples]
+        features = extractor(heard, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        return model(**features.to(device)).audio_embeds[0]
+
+    return embed
+
+
+def load_laion_clap(checkpoint: Path, tokenizer: str, device: str) -> EmbedText:
     """The text tower from LAION's .pt file, or from the query encoder inside a released AudioSep checkpoint."""
     from audiosep.checkpoints import read_checkpoint
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soxr
 import torch
 from torch.nn.functional import normalize
 
@@ -97,18 +98,28 @@ def test_identity_follows_the_weights(tmp_path: Path) -> None:
 
 def test_clap_folder_equals_the_whole_clap_model(tmp_path: Path, transformers: Any, tokenizer_folder: Path) -> None:
     text = sizes(transformers.ClapTextConfig, projection_dim=16).to_dict()
-    audio = {"depths": [1, 1], "num_attention_heads": [1, 1], "patch_embeds_hidden_size": 8, "hidden_size": 16}
+    audio = {"depths": [1] * 4, "num_attention_heads": [1] * 4, "patch_embeds_hidden_size": 8, "hidden_size": 64}
     config = transformers.ClapConfig(text_config=text, audio_config=audio | {"projection_dim": 16}, projection_dim=16)
     torch.manual_seed(0)
     clap = transformers.ClapModel(config).eval()
     clap.save_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.save_pretrained(tmp_path)
+    extractor = transformers.ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad")
+    extractor.save_pretrained(tmp_path)
     encoder = make_encoder(QueryConfig("clap", str(tmp_path)))
+    sound = np.random.default_rng(0).standard_normal(32000).astype(np.float32)
     with torch.no_grad():
-        features = clap.get_text_features(**tokenizer(CAPTIONS, padding=True, return_tensors="pt"))
-    expected = normalize(getattr(features, "pooler_output", features))
-    np.testing.assert_allclose(encoder.encode(CAPTIONS), expected, atol=1e-5)
+        of_text = clap.get_text_features(**tokenizer(CAPTIONS, padding=True, return_tensors="pt")).pooler_output
+        heard = extractor(soxr.resample(sound, 32000, 48000), sampling_rate=48000, return_tensors="pt")
+        of_audio = clap.get_audio_features(**heard).pooler_output[0]
+    np.testing.assert_allclose(encoder.encode(CAPTIONS), normalize(of_text), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_audio(sound, 32000), normalize(of_audio, dim=0), atol=1e-5)
+
+
+def test_an_encoder_of_text_alone_says_so(minilm: Encoder) -> None:
+    with pytest.raises(ValueError, match=r"minilm.*use_text_ratio"):
+        minilm.encode_audio(np.zeros(32000, np.float32), 32000)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "query_encoder.model.", ""])

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,9 @@ class SealJob(Resources):
     """The job after each array: seals, or submits the next round."""
 
     warn_seconds: Annotated[int, Field(ge=0, description="as above; sealing has nothing to save")] = 0
-    verify: Annotated[bool, Field(description="also read all the data once and compare every checksum")] = True
+    verify: Annotated[bool, Field(description="also read every byte and check it; bad shards are rendered again")] = (
+        True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,8 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), section: str = 
             where[part] = where = where.get(part) or {}
         where[last] = yaml.safe_load(value)
     try:
-        return TypeAdapter(SlurmConfig).validate_python(data)
+        config = TypeAdapter(SlurmConfig).validate_python(data)
+        return replace(config, folder=str(Path(config.folder).resolve()))
     except ValidationError as error:
         raise ValueError(f"{file}: " + "; ".join(map(_problem, error.errors()))) from None
 

@@ -58,7 +58,7 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
 def pipeline(run: Run) -> list[Job]:
     """Precompute every split, seal them, then train; training is cancelled by Slurm when sealing fails for good."""
     jobs = precompute(run)
-    return [*jobs, *train(run, [job.name for job in jobs if job.split])]
+    return [*jobs, *train(run, [job.name for job in jobs if job.root])]
 
 
 def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
@@ -71,7 +71,7 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     if not plan.unfinished:
         status = subprocess.call([*shlex.split(run.config.shards), "seal", plan.root])
         if status == 0 and run.config.seal.verify:
-            status = subprocess.call([*shlex.split(run.config.shards), "verify", plan.root])
+            status = subprocess.call([*shlex.split(run.config.shards), "verify", plan.root, "--repair"])
         return status
     missing = f"{len(plan.unfinished)} of {plan.num_shards} shards of {plan.root} are missing"
     if not rounds_left:
@@ -98,7 +98,7 @@ def render_round(run: Run, file: Path, split: str, attempt: int, rounds_left: in
     words = [sys.executable, "-m", "slurm", "finish", str(run.folder), split, str(attempt), str(rounds_left)]
     settings = {f"precompute-{split}-{attempt}.yaml": file.read_text()}
     script = _script(run, name, purpose, run.config.seal, [shlex.join(words)])
-    seal = Job(name, script, settings, split=split, unfinished=len(plan.unfinished))
+    seal = Job(name, script, settings, root=plan.root, unfinished=len(plan.unfinished))
     if not plan.unfinished:
         return [seal]
     array = _array(run, split, attempt, plan.unfinished)

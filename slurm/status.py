@@ -4,7 +4,9 @@ Slurm forgets jobs minutes after they end and may keep no accounting, so what is
 the last line that each script writes into its log; squeue, and sacct where it exists, only add to that."""
 
 import contextlib
+import json
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,16 +15,15 @@ from datetime import datetime
 from pathlib import Path
 
 from slurm.job import STOPPED
-from slurm.submit import Run, Submission, read_plan, slurm_command
+from slurm.submit import Run, Submission, command_output, slurm_command
 
 BAD_STATES = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
 @dataclass(frozen=True)
-class Split:
+class Progress:
     """One data set on its way; `rate` in shards/hour since the round was submitted, `end` in ISO 8601 or empty."""
 
-    name: str
     root: str
     num_shards: int
     done: int
@@ -52,7 +53,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    splits: list[Split]
+    data_sets: list[Progress]
     stages: list[Stage]
     failures: list[Failure]
 
@@ -63,11 +64,11 @@ class Status:
 
 
 def read_status(run: Run) -> Status:
-    """Asks `audiosep precompute --plan` once for each split and the scheduler once for everything."""
+    """Asks `shards info` once for each data set and the scheduler once for everything."""
     submissions = run.submissions()
     newest = {entry.name.rpartition("-")[0]: entry for entry in submissions}
     states = _states([entry.job_id for entry in submissions])
-    splits = [_split(run, entry) for entry in newest.values() if entry.split]
+    data_sets = [_progress(run, entry) for entry in newest.values() if entry.root]
     stages, failures = [], []
     for entry in submissions:
         logs = {_task(log): log for log in run.log_folder.glob(f"{entry.name}-{entry.job_id}[._]*")}
@@ -77,14 +78,14 @@ def read_status(run: Run) -> Status:
         if entry in newest.values():
             bad = [task for task, state in tasks.items() if state.split(" ")[0] in BAD_STATES]
             failures += [Failure(task, tasks[task], str(logs.get(task, "")), _tail(logs.get(task))) for task in bad]
-    return Status(splits, stages, failures)
+    return Status(data_sets, stages, failures)
 
 
 def lines(status: Status) -> Iterator[str]:
     """The status for people."""
-    for split in status.splits:
-        rate = f", {split.rate:.0f} shards/h, done about {split.end}" if split.end else ""
-        yield f"{split.name}: {split.done} of {split.num_shards} shards in {split.root}, {split.left} left{rate}"
+    for data in status.data_sets:
+        rate = f", {data.rate:.0f} shards/h, done about {data.end}" if data.end else ""
+        yield f"{data.root}: {data.done} of {data.num_shards} shards, {data.left} left{rate}"
     for stage in status.stages:
         counts = ", ".join(f"{count} {state}" for state, count in stage.states.items())
         yield f"  {stage.name} ({stage.job_id}): {counts or 'unknown to Slurm, and no log'}"
@@ -102,13 +103,16 @@ def last_words(log_folder: Path, shard_indices: Iterable[int]) -> list[str]:
     return [*words.values()]
 
 
-def _split(run: Run, entry: Submission) -> Split:
-    name, attempt = entry.split, entry.name.rpartition("-")[2]
-    plan = read_plan(run.config, run.folder / f"precompute-{name}-{attempt}.yaml")
-    left = len(plan.unfinished)
+def _progress(run: Run, entry: Submission) -> Progress:
+    words = [*shlex.split(run.config.shards), "info", entry.root, "--json"]
+    facts = json.loads(command_output(*words))
+    missing = [part.split("-") for part in facts.get("missing_shards", "").split(",") if part]
+    left = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in missing)
     rate = (entry.unfinished - left) / max(time.time() - entry.time, 1.0) * 3600
-    end = datetime.fromtimestamp(time.time() + left / rate * 3600).isoformat(" ", "minutes") if left and rate else ""
-    return Split(name, plan.root, plan.num_shards, plan.num_shards - left, left, rate, end)
+    end = (
+        datetime.fromtimestamp(time.time() + left / rate * 3600).isoformat(" ", "minutes") if left and rate > 0 else ""
+    )
+    return Progress(entry.root, facts["num_shards"], facts["num_shards"] - left, left, rate, end)
 
 
 def _states(job_ids: list[str]) -> dict[str, str]:

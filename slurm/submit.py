@@ -30,14 +30,14 @@ class Plan:
 class Job:
     """One script and its place in a chain: it starts `when` (afterany, afterok) the jobs named in `after` have ended.
 
-    `split` and the number of shards `unfinished` at submission are for `status`."""
+    The data set's `root` and its number of shards `unfinished` at submission are for `status`."""
 
     name: str
     script: str
     files: dict[str, str] = field(default_factory=dict)  # further files that the script reads, beside it
     after: tuple[str, ...] = ()
     when: str = "afterok"
-    split: str = ""
+    root: str = ""
     unfinished: int = 0
 
 
@@ -48,7 +48,7 @@ class Submission:
     job_id: str
     name: str
     time: float
-    split: str
+    root: str
     unfinished: int
 
 
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.folder).resolve()
+        return Path(self.config.folder)
 
     @property
     def log_folder(self) -> Path:
@@ -83,10 +83,7 @@ class Run:
 def read_plan(config: SlurmConfig, file: Path) -> Plan:
     """The plan of one precompute config; ValueError with the command's own words when it refuses the config."""
     words = [*shlex.split(config.audiosep), "precompute", "--config", str(file), "--plan"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"`{shlex.join(words)}` failed with status {done.returncode}:\n{done.stderr.strip()}")
-    return Plan(**json.loads(done.stdout))
+    return Plan(**json.loads(command_output(*words)))
 
 
 def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
@@ -108,7 +105,7 @@ def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
             waiting = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
             ids[job.name] = _sbatch(run.folder / f"{job.name}.sbatch", "--parsable", *waiting).split(";")[0]
             with (run.folder / "jobs.jsonl").open("a") as log:
-                entry = Submission(ids[job.name], job.name, time.time(), job.split, job.unfinished)
+                entry = Submission(ids[job.name], job.name, time.time(), job.root, job.unfinished)
                 log.write(json.dumps(asdict(entry)) + "\n")
     except BaseException:
         for job_id in ids.values():
@@ -146,11 +143,16 @@ def slurm_command(*words: str) -> str:
     leaks = re.compile(r"SBATCH_|SRUN_|SQUEUE_|SCANCEL_|SLURM_(?!CONF$)")
     environment = {key: value for key, value in os.environ.items() if not leaks.match(key)}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        return command_output(*words, environment=environment)
     except FileNotFoundError:
         raise ValueError(f"There is no {words[0]} here: run this on a login node of a Slurm cluster.") from None
+
+
+def command_output(*words: str, environment: dict[str, str] | None = None) -> str:
+    """What a command prints. Raises ValueError with its own words of complaint when it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise ValueError(f"`{' '.join(words)}` failed: {done.stderr.strip()}")
+        raise ValueError(f"`{shlex.join(words)}` failed with status {done.returncode}:\n{done.stderr.strip()}")
     return done.stdout.rstrip()
 
 

@@ -62,7 +62,7 @@ def test_an_array_is_followed_by_its_sealing_job(
     assert len(json.loads((tmp_path / "demo" / "manifest.json").read_text())) == 6
     status = status_of(config, capsys)
     assert [stage["states"] for stage in status["stages"]] == [{"COMPLETED": 3}, {"COMPLETED": 1}]
-    assert (status["splits"][0]["done"], status["splits"][0]["left"], status["failures"]) == (6, 0, [])
+    assert (status["data_sets"][0]["done"], status["data_sets"][0]["left"], status["failures"]) == (6, 0, [])
     assert main(["precompute", "--config", config, "--dry-run"]) == 0
     again = capsys.readouterr().out
     assert "seal-demo-2.sbatch" in again

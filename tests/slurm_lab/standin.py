@@ -1,6 +1,6 @@
 """Stand-in for the commands that `slurm/` starts, which keeps their contract and needs no audio.
 
-usage: standin.py precompute --config F (--plan | --shards 0,3,5) | train --config F | seal ROOT | verify ROOT
+usage: standin.py precompute --config F (--plan | --shards 0,3,5) | train --config F | seal|verify|info ROOT
 The config holds root, num_shards, seconds (for each shard) and optionally poison (a shard that fails) and luck (how
 many times it fails)."""
 
@@ -19,6 +19,11 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 if sys.argv[1] in ("seal", "verify"):
     root = Path(sys.argv[2])
     (root / "manifest.json").write_text(json.dumps(sorted(path.name for path in root.glob("shard-*"))))
+    sys.exit(0)
+
+if sys.argv[1] == "info":
+    missing = set(range(6)) - {int(path.name[6:]) for path in Path(sys.argv[2]).glob("shard-*")}
+    print(json.dumps({"num_shards": 6, "missing_shards": ",".join(map(str, missing))}))
     sys.exit(0)
 
 if sys.argv[1] == "train":

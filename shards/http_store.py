@@ -25,7 +25,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import numpy as np
 
-from shards.storage import Buffer, Sink, StorageConfig, Store, TransferError, as_bytes, check_name
+from shards.storage import Buffer, NoRangeError, Sink, StorageConfig, Store, TransferError, as_bytes, check_name
 
 
 class RemoteStore(Store):
@@ -391,9 +391,9 @@ class HttpBody:
             else:
                 if offset and end is not None:
                     raise Failure(
-                        "the server ignores Range, so single samples cannot be read; set a cache folder, which takes "
-                        "whole shards, or read the shards as a sequential stream",
-                        error=io.UnsupportedOperation,
+                        "the server ignores Range, so single samples cannot be read; set cache_dir, which takes whole "
+                        "shards, or read the tars in sequence",
+                        error=NoRangeError,
                         attempts=3,
                     )
                 if offset > length:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field as Key
 
 from shards.batches import Batch, BufferRing, Layout
+from shards.cache import cached
 from shards.ledger import Ledger
 from shards.manifest import Manifest, load_manifest
 from shards.order import StreamOrder
@@ -259,6 +260,7 @@ def _open(
     for item in sources:
         store = open_store(item.url if isinstance(item, Manifest) else item, storage)
         manifest = item if isinstance(item, Manifest) else load_manifest(store)
+        store = cached(store, manifest.digest)
         readers.append(SampleReader(manifest, store, config.fields, config.checksums))
     if config.checksums and not all(reader.checksums for reader in readers):
         log.info("Fields are skipped: what is read is checked by its headers, not by the checksums of whole samples.")

@@ -86,6 +86,7 @@ class SampleReader:
         try:
             return self._read(sample, rows, scratch)
         except _DAMAGE:
+            self.store.forget(f"{self.manifest.shard_name(self._locate(sample)[0])}.tar")
             try:
                 return self._read(sample, rows, scratch)
             except _DAMAGE as error:

@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,6 +59,12 @@ class StorageConfig:
     stall_seconds: Annotated[
         float, Field(gt=0, description="a connection that brings less than 64 KiB in this time is given up, seconds")
     ] = 20.0
+    cache_dir: Annotated[
+        str | None, Field(description="folder on a local disk that keeps what was read, for the next epoch or run")
+    ] = None
+    cache_bytes: Annotated[
+        int, Field(ge=0, description="most that is kept there, by all processes that share the folder, bytes")
+    ] = 100_000_000_000
     max_open_files: Annotated[
         int, Field(ge=1, description="descriptors of local files kept open between reads, for each store")
     ] = 128
@@ -69,6 +75,10 @@ class StorageConfig:
 
 class TransferError(OSError):
     """A remote place that kept failing, or gave something else than before, until the transfer was given up."""
+
+
+class NoRangeError(TransferError):
+    """A server that sends whole objects only."""
 
 
 class Sink(Protocol):
@@ -107,6 +117,9 @@ class Store(ABC):
 
         Buffers are writable and contiguous, of any item type. Raises EOFError when the object ends before the last is
         full, FileNotFoundError when it is absent."""
+
+    def forget(self, name: str) -> None:  # noqa: B027 (most places keep none)
+        """Drop copies of an object that are kept nearer than the place itself, because they gave wrong bytes."""
 
     @abstractmethod
     def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
@@ -191,13 +204,15 @@ def as_bytes(buffer: Buffer) -> memoryview:
 class LocalStore(Store):
     """A folder of a local or shared file system.
 
-    Objects are written beside their place under a temporary name, synced, renamed, and the folder synced."""
+    Objects are written beside their place under a temporary name, synced, renamed, and the folder synced; without
+    `durable` nothing is synced, and a power cut may leave objects of the right name and size with other bytes."""
 
     concurrency = 2
 
-    def __init__(self, url: str, options: StorageConfig) -> None:
+    def __init__(self, url: str, options: StorageConfig, durable: bool = True) -> None:
         super().__init__(url, options)
         self._folder = Path(url)
+        self._sync = os.fsync if durable else _no_sync
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -232,22 +247,22 @@ class LocalStore(Store):
     def writer(self, name: str) -> Iterator[Sink]:
         path = self._path(name)
         with self._temporary(path) as temporary:
-            with _FileSink(temporary, path) as sink:
+            with _FileSink(temporary, path, self._sync) as sink:
                 yield sink
             os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path))
+        self._sync_folder(os.path.dirname(path))
 
     def create(self, name: str, data: Buffer) -> bool:
         path = self._path(name)
         with self._temporary(path) as temporary:
-            with _FileSink(temporary, path) as sink:
+            with _FileSink(temporary, path, self._sync) as sink:
                 sink.write(data)
             try:
                 os.link(temporary, path)
                 created = True
             except FileExistsError:
                 created = os.stat(temporary).st_nlink == 2  # NFS may answer a repeated request with its own success
-        _sync_folder(os.path.dirname(path))
+        self._sync_folder(os.path.dirname(path))
         return created
 
     def size(self, name: str) -> int | None:
@@ -304,7 +319,7 @@ class LocalStore(Store):
     def _temporary(self, path: str) -> Iterator[str]:
         """A fresh name beside `path`, in a folder that exists; nothing is left under it at the end."""
         folder, name = os.path.split(path)
-        _make_folder(folder)
+        self._make_folder(folder)
         temporary = os.path.join(folder, f".tmp-{name}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
         try:
             yield temporary
@@ -326,6 +341,21 @@ class LocalStore(Store):
             while len(self._files) > self.options.max_open_files:
                 self._files.popitem(last=False)
         return file
+
+    def _make_folder(self, folder: str) -> None:
+        """Make a folder and those above it, each durable before anything is put into it."""
+        if folder and not os.path.isdir(folder):
+            parent = os.path.dirname(folder)
+            self._make_folder(parent)
+            Path(folder).mkdir(exist_ok=True)
+            self._sync_folder(parent)
+
+    def _sync_folder(self, folder: str) -> None:
+        descriptor = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._sync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 _MAX_VECTOR = 1024  # buffers that one preadv or writev takes (IOV_MAX)
@@ -350,8 +380,8 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 class _FileSink:
     """A new file that is synced to the disk when its block ends cleanly; errors name `path`, what it shall become."""
 
-    def __init__(self, temporary: str, path: str) -> None:
-        self._path = path
+    def __init__(self, temporary: str, path: str, sync: Callable[[int], None]) -> None:
+        self._path, self._sync = path, sync
         self._descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, *buffers: Buffer) -> None:
@@ -367,7 +397,7 @@ class _FileSink:
         try:
             if kind is None:
                 with self._errors_named():
-                    os.fsync(self._descriptor)
+                    self._sync(self._descriptor)
         finally:
             os.close(self._descriptor)
 
@@ -388,21 +418,8 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
     return []
 
 
-def _make_folder(folder: str) -> None:
-    """Make a folder and those above it, each durable before anything is put into it."""
-    if folder and not os.path.isdir(folder):
-        parent = os.path.dirname(folder)
-        _make_folder(parent)
-        Path(folder).mkdir(exist_ok=True)
-        _sync_folder(parent)
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _no_sync(descriptor: int) -> None:
+    """In the place of fsync."""
 
 
 @functools.cache

@@ -1,3 +1,8 @@
-"""Fixtures that several test files share."""
+"""What several test files share."""
 
-pytest_plugins = ["servers"]  # s3_server, http_server
+from hypothesis import settings
+
+pytest_plugins = ["servers"]  # the fixtures s3_server and http_server
+
+settings.register_profile("patient", deadline=None)  # on a busy machine any step may take a second
+settings.load_profile("patient")

@@ -1,17 +1,11 @@
-"""Waveforms to spectrograms and back: window = FFT length, periodic Hann, centred frames, reflected edges.
-
-torch is imported where it is used, so that configs and plans are read without it."""
-
-from __future__ import annotations
+"""Waveforms to spectrograms and back: window = FFT length, periodic Hann, centred frames, reflected edges."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
-
-if TYPE_CHECKING:
-    import torch
 
 MAGNITUDE_FLOOR = 1e-5  # upstream takes the root of max(re^2 + im^2, 1e-10)
 PIECE_FRAMES = 64  # frames transformed at a time on a CPU: every buffer of a piece stays in the cache
@@ -43,8 +37,6 @@ def num_frames(length: int, hop_length: int) -> int:
 
 def stft(waveform: torch.Tensor, window_length: int, hop_length: int) -> torch.Tensor:
     """Complex STFT [..., T, F] of a waveform [..., L], with T = L // hop_length + 1 and F = window_length // 2 + 1."""
-    import torch
-
     window = torch.from_numpy(hann_window(window_length)).to(waveform)
     flat = waveform.reshape(-1, waveform.shape[-1])
     spectrogram = torch.stft(flat, window_length, hop_length, window=window, pad_mode="reflect", return_complex=True)
@@ -53,8 +45,6 @@ def stft(waveform: torch.Tensor, window_length: int, hop_length: int) -> torch.T
 
 def istft(spectrogram: torch.Tensor, window_length: int, hop_length: int, length: int) -> torch.Tensor:
     """The waveform [..., length] of a complex STFT [..., T, F]: `stft`'s inverse."""
-    import torch
-
     window = torch.from_numpy(hann_window(window_length)).to(spectrogram.real)
     flat = spectrogram.reshape(-1, *spectrogram.shape[-2:]).transpose(1, 2)
     waveform = torch.istft(flat, window_length, hop_length, window=window, length=length)
@@ -77,8 +67,6 @@ class Transform:
         self, length: int, window_length: int, hop_length: int, representation: Representation, device: str = "cpu"
     ) -> None:
         """`length` in samples must exceed half a window, which is what reflection at the edges needs."""
-        import torch
-
         if length <= window_length // 2:
             raise ValueError(
                 f"{length} samples are too few for a window of {window_length}: reflecting the edges needs more than "
@@ -95,8 +83,6 @@ class Transform:
 
     def __call__(self, waveform: np.ndarray, out: torch.Tensor) -> None:
         """The spectrogram of `waveform`, float32 [L], into `out` [C, T, F] or [2, C, T, F] of any floating dtype."""
-        import torch
-
         self._pad(torch.from_numpy(waveform))
         planes = out.unsqueeze(0) if self.representation == "magnitude" else out
         for first in range(0, self.frames, len(self._windowed)):
@@ -118,8 +104,6 @@ class Transform:
 
     @staticmethod
     def _magnitudes(spectrum: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        import torch
-
         if spectrum.device.type != "cpu":
             return torch.abs(spectrum, out=out).clamp_(min=MAGNITUDE_FLOOR)
         # numpy's square, add, root are 3 to 4 times faster here than torch.abs, which guards against overflow.

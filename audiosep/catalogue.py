@@ -1,0 +1,230 @@
+"""Clip catalogues: which audio there is and what it is called, compact enough for 10^7 clips.
+
+Read are upstream's JSON ({"data": [{"wav": ..., "caption": ...}]}), JSONL, CSV and TSV. A clip's path may also come as
+`path`, its caption as a list `captions` (in CSV and TSV divided by "|"). `kind`, `source`, `licence` and `recording` are
+optional; `byte_offset` and `byte_size` name a clip inside a larger file, such as a member of a tar (index_tars.py)."""
+
+import csv
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+JSON_CHUNK_CHARACTERS = 1 << 20
+TEXT_COLUMNS = ("path", "kind", "source", "licence", "recording")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of a catalogue."""
+
+    number: int  # its place in the catalogue
+    path: str  # as the catalogue has it
+    location: str  # where it is: a path or URL
+    captions: tuple[str, ...]  # phrasings of one description
+    kind: str
+    source: str
+    licence: str
+    recording: str  # what it was cut from; clips of one recording belong into one split
+    byte_range: tuple[int, int] | None  # offset and size inside the file, if it is only a part of it
+
+
+class Texts:
+    """A column of strings: their UTF-8 bytes on end, uint8, and where each ends, int64 [N]."""
+
+    def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
+        self.data, self.ends = data, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self.ends[index - 1]) if index else 0
+        return self.data[start : int(self.ends[index])].tobytes().decode()
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All clips of one or more catalogue files, in their order. Saved and loaded by memory map, so that the workers of a
+    machine share one copy."""
+
+    texts: Mapping[str, Texts]  # TEXT_COLUMNS, each [N], and "caption" [number of captions]
+    caption_ends: np.ndarray  # int64 [N]: the captions of clip i are caption_ends[i - 1] .. caption_ends[i]
+    byte_ranges: np.ndarray  # int64 [N, 2]: offset and size; size -1 for a whole file
+    starts: np.ndarray  # int64 [files + 1]: the clips of catalogue file k are starts[k] .. starts[k + 1]
+    weights: tuple[float, ...]  # of each file: how often each of its clips is a target in one pass
+    folders: tuple[str, ...]  # of each file: where its relative paths start
+    digest: str  # of what is listed and of the weights, not of where it lies
+
+    def __len__(self) -> int:
+        return len(self.caption_ends)
+
+    def clip(self, number: int) -> Clip:
+        first = int(self.caption_ends[number - 1]) if number else 0
+        captions = tuple(self.texts["caption"][i] for i in range(first, int(self.caption_ends[number])))
+        path, kind, source, licence, recording = (self.texts[name][number] for name in TEXT_COLUMNS)
+        folder = self.folders[self.file_of(number)]
+        offset, size = map(int, self.byte_ranges[number])
+        byte_range = None if size < 0 else (offset, size)
+        return Clip(number, path, resolve(path, folder), captions, kind, source, licence, recording, byte_range)
+
+    def file_of(self, number: int) -> int:
+        """Which of the catalogue files lists this clip."""
+        return int(np.searchsorted(self.starts, number, side="right")) - 1
+
+    def save(self, folder: Path) -> None:
+        for name, column in self.texts.items():
+            np.save(folder / f"{name}.data.npy", column.data)
+            np.save(folder / f"{name}.ends.npy", column.ends)
+        for name in ("caption_ends", "byte_ranges", "starts"):
+            np.save(folder / f"{name}.npy", getattr(self, name))
+        rest = {"weights": self.weights, "folders": self.folders, "digest": self.digest}
+        (folder / "rest.json").write_text(json.dumps(rest))
+
+    @staticmethod
+    def load(folder: Path) -> "Catalogue":
+        def column(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+        texts = {n: Texts(column(f"{n}.data"), column(f"{n}.ends")) for n in (*TEXT_COLUMNS, "caption")}
+        rest = json.loads((folder / "rest.json").read_text())
+        arrays = (column("caption_ends"), column("byte_ranges"), column("starts"))
+        return Catalogue(texts, *arrays, tuple(rest["weights"]), tuple(rest["folders"]), rest["digest"])
+
+
+def resolve(path: str, folder: str) -> str:
+    """The path or URL of a clip that a catalogue in `folder` names `path`."""
+    if "://" in path or os.path.isabs(path):
+        return path
+    return f"{folder.rstrip('/')}/{path}" if "://" in folder else os.path.join(folder, path)
+
+
+def read_catalogue(files: str | Mapping[str, float], check_files: bool) -> Catalogue:
+    """The catalogue in one file, or in several with their weights.
+
+    With `check_files` every local clip must exist. Raises ValueError naming file and line of the first bad row."""
+    weights = {files: 1.0} if isinstance(files, str) else dict(files)
+    columns, starts = _Columns(), [0]
+    for file in weights:
+        rows = columns.num_rows
+        for line, row in read_rows(file):
+            try:
+                columns.append(row)
+                if check_files:
+                    _check_exists(columns.last_path, os.path.dirname(file))
+            except ValueError as error:
+                raise ValueError(f"{file}:{line}: {error}") from None
+        if columns.num_rows == rows:
+            raise ValueError(f"{file} lists no clips.")
+        starts.append(columns.num_rows)
+    return columns.catalogue(starts, tuple(weights.values()), tuple(os.path.dirname(file) or "." for file in weights))
+
+
+def read_rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a catalogue file, each with the number of its line (of its entry in upstream's JSON)."""
+    suffix = Path(file).suffix.lower()
+    if suffix not in (".json", ".jsonl", ".csv", ".tsv"):
+        raise ValueError(f"{file}: a catalogue is a .json, .jsonl, .csv or .tsv file; see `audiosep index` for tars.")
+    with open(file, encoding="utf-8", newline="") as stream:
+        if suffix == ".json":
+            yield from enumerate(_upstream_entries(file, stream), 1)
+        elif suffix == ".jsonl":
+            for line, text in enumerate(stream, 1):
+                if text.strip():
+                    yield line, _parse(file, line, text)
+        else:
+            reader = csv.DictReader(stream, delimiter="," if suffix == ".csv" else "\t")
+            for row in reader:
+                captions = {"captions": row["captions"].split("|")} if row.get("captions") else {}
+                yield reader.line_num, {key: value for key, value in row.items() if value} | captions
+
+
+def _parse(file: str, line: int, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{line}: no JSON: {error}") from None
+
+
+def _upstream_entries(file: str, stream: Any) -> Iterator[dict[str, Any]]:
+    """The objects of the array "data", parsed one by one: 10^7 of them at once would take 10 GB."""
+    decoder, text = json.JSONDecoder(), stream.read(JSON_CHUNK_CHARACTERS)
+    head, found, text = text.partition("[")
+    if not found or '"data"' not in head:
+        raise ValueError(f'{file}: expected {{"data": [{{"wav": ..., "caption": ...}}, ...]}}.')
+    while True:
+        text = text.lstrip(" \t\r\n,")
+        if text.startswith("]"):
+            return
+        try:
+            entry, end = decoder.raw_decode(text)
+        except json.JSONDecodeError as error:
+            more = stream.read(JSON_CHUNK_CHARACTERS)
+            if not more:
+                raise ValueError(f"{file}: no JSON: {error.msg} near {text[:60]!r}") from None
+            text += more
+            continue
+        yield entry
+        text = text[end:]
+
+
+def _check_exists(path: str, folder: str) -> None:
+    location = resolve(path, folder)
+    if "://" not in location and not os.path.exists(location):
+        raise ValueError(f"{location} does not exist. Paths are relative to the catalogue file.")
+
+
+@dataclass
+class _Columns:
+    """Columns that grow row by row."""
+
+    data: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in (*TEXT_COLUMNS, "caption")})
+    ends: dict[str, "array[int]"] = field(default_factory=lambda: {name: array("q") for name in (*TEXT_COLUMNS, "caption")})
+    caption_ends: "array[int]" = field(default_factory=lambda: array("q"))
+    byte_ranges: "array[int]" = field(default_factory=lambda: array("q"))
+    last_path: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.caption_ends)
+
+    def append(self, row: Any) -> None:
+        if not isinstance(row, dict):
+            raise ValueError(f"expected an object with path and caption, got {row!r}.")
+        path = row.get("wav") or row.get("path")
+        captions = row.get("captions") or [row.get("caption")]
+        if not isinstance(path, str):
+            raise ValueError(f"no column 'wav' or 'path' (there are {', '.join(row) or 'none'}).")
+        if captions == [None] and "caption" not in row:
+            raise ValueError(f"no column 'caption' or 'captions' (there are {', '.join(row)}).")
+        captions = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
+        if not all(captions):
+            raise ValueError(f"the caption of {path} is empty.")
+        self._add("path", path)
+        for name in TEXT_COLUMNS[1:]:
+            self._add(name, str(row.get(name) or ""))
+        for caption in captions:
+            self._add("caption", caption)
+        self.caption_ends.append(len(self.ends["caption"]))
+        self.byte_ranges.extend((int(row.get("byte_offset", 0)), int(row.get("byte_size", -1))))
+        self.last_path = path
+
+    def _add(self, column: str, text: str) -> None:
+        data = self.data[column]
+        data += text.encode()
+        self.ends[column].append(len(data))
+
+    def catalogue(self, starts: list[int], weights: tuple[float, ...], folders: tuple[str, ...]) -> Catalogue:
+        texts = {n: Texts(np.frombuffer(self.data[n], np.uint8), np.frombuffer(self.ends[n], np.int64)) for n in self.data}
+        caption_ends = np.frombuffer(self.caption_ends, np.int64)
+        byte_ranges = np.frombuffer(self.byte_ranges, np.int64).reshape(-1, 2)
+        digest = hashlib.sha256(json.dumps([starts, weights]).encode())
+        for array_ in (*(a for text in texts.values() for a in (text.data, text.ends)), caption_ends, byte_ranges):
+            digest.update(array_.data)
+        return Catalogue(texts, caption_ends, byte_ranges, np.array(starts), weights, folders, digest.hexdigest()[:32])

@@ -1,0 +1,183 @@
+"""A data set to be: its config, what binds it, and the rendering of any of its samples."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from audiosep.catalogue import Catalogue
+from audiosep.clips import ClipConfig, Rejection, read_crop
+from audiosep.config import plain
+from audiosep.mixing import MixingConfig, mix
+from audiosep.queries import QueryConfig, make_encoder
+from audiosep.recipes import Recipe, Recipes, Source
+from audiosep.samples import Encoder, Rendered
+from audiosep.stft import Precision, Representation, StftConfig
+from shards.manifest import Plan, bind
+from shards.storage import StorageConfig, Store, open_store
+from shards.tar import Sample
+from shards.writer import Record, write_shard
+
+MAX_REPLACEMENTS = 100  # for one source, until so many clips in a row were rejected that the audio must be elsewhere
+TOLERANT_SAMPLES = 1000  # below so many, a share of rejections says little
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """How many samples there are, and how they are stored."""
+
+    passes: Annotated[int, Field(ge=1, description="times that every clip is a target, in new mixtures")] = 1
+    mixtures_per_target: Annotated[
+        int, Field(ge=1, description="mixtures made of one crop of a target before the next one's turn")
+    ] = 1
+    targets: Annotated[
+        Literal["one", "each"],
+        Field(description="each: a mixture gives a sample for each of its sources, of which it has max_mix_num"),
+    ] = "one"
+    num_samples: Annotated[int | None, Field(ge=1, description="samples in all; by default whole passes")] = None
+    samples_per_shard: Annotated[int, Field(ge=1, description="2 MB each for 5 s, float16 magnitudes, window 2048")] = 256
+    representation: Annotated[
+        Representation, Field(description="complex: real and imaginary planes, twice the size, keeps the phase")
+    ] = "magnitude"
+    dtype: Annotated[Precision, Field(description="of stored spectrograms")] = "float16"
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """Everything that `audiosep precompute` needs to know."""
+
+    root: Annotated[str, Field(description="folder or URL that the shards go to; one for each split")]
+    catalogue: Annotated[
+        str | dict[str, float], Field(description="catalogue file, or several with their weights, {file: weight}")
+    ]
+    seed: Annotated[int, Field(ge=0, lt=2**64, description="of all draws")] = 0
+    clips: ClipConfig = ClipConfig()
+    mixing: MixingConfig = MixingConfig()
+    stft: StftConfig = StftConfig()
+    shards: ShardConfig = ShardConfig()
+    queries: Annotated[
+        QueryConfig | None, Field(description="encoder whose embeddings of the captions are stored as conditions")
+    ] = None
+    device: Annotated[Device, Field(description="where STFTs are computed; auto: a GPU if there is one")] = "auto"
+    max_rejected_fraction: Annotated[
+        float, Field(ge=0, le=1, description="rejected clips for each sample above which precompute fails")
+    ] = 0.01
+    check_files: Annotated[bool, Field(description="look for every local clip before beginning")] = True
+    num_processes: Annotated[int, Field(ge=1, description="processes of this machine that render shards")] = 1
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+class Dataset:
+    """The samples of a config and its catalogue, bound to the root that they are written to."""
+
+    def __init__(self, config: PrecomputeConfig, catalogue: Catalogue) -> None:
+        """Raises ValueError that names what changed, if the root was begun with another spec."""
+        self.config, self.catalogue = config, catalogue
+        self.store: Store = open_store(config.root, config.storage)
+        self.recipes = Recipes(
+            catalogue,
+            config.mixing,
+            config.seed,
+            mixtures_per_target=config.shards.mixtures_per_target,
+            each_source=config.shards.targets == "each",
+        )
+        self._device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        if config.device == "cuda" != self._device:
+            raise ValueError("device is cuda, but torch finds no GPU here. Use auto or cpu.")
+        self._queries = make_encoder(config.queries, self._device) if config.queries else None
+        num_samples = config.shards.num_samples or config.shards.passes * self.recipes.samples_per_pass
+        self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard)
+
+    def _spec(self) -> dict[str, Any]:
+        """All that decides over the samples' bytes besides their number, as plain data."""
+        config = plain(self.config)
+        spec = {name: config[name] for name in ("seed", "clips", "mixing", "stft")}
+        shards = {name: config["shards"][name] for name in ("mixtures_per_target", "targets", "representation", "dtype")}
+        catalogue = {"digest": self.catalogue.digest, "num_clips": len(self.catalogue)}
+        encoder = self._queries.identity if self._queries else None
+        return spec | {"shards": shards, "catalogue": catalogue, "device": self._device, "query_encoder": encoder}
+
+    def render_shard(self, index: int, before_sample: Callable[[], None]) -> Record:
+        """Write shard `index`; `before_sample` is called before each of its samples and may raise to stop.
+
+        Raises ValueError, before the shard is committed, when more clips are rejected than the config allows."""
+        rejected: list[dict[str, Any]] = []
+        encoder = Encoder(
+            self.config.clips.length,
+            self.config.clips.sample_rate,
+            self.config.stft,
+            self.config.shards.representation,
+            self.config.shards.dtype,
+            self._device,
+        )
+
+        def samples() -> Iterator[Sample]:
+            renderer = Renderer(self.recipes, self.config, rejected)
+            for number in self.plan.samples(index):
+                before_sample()
+                rendered = renderer.render(number)
+                condition = self._queries.encode([rendered.target.caption])[0] if self._queries else None
+                yield encoder(rendered, condition)
+
+        return write_shard(
+            self.store,
+            self.plan.shard_name(index),
+            samples(),
+            num_samples=len(self.plan.samples(index)),
+            spec_digest=self.plan.spec_digest,
+            rejected=rejected,
+            dtypes=encoder.dtypes,
+        )
+
+
+class Renderer:
+    """Recipes to mixtures, in order. What the last recipe decoded is kept for the next one that needs it too."""
+
+    def __init__(self, recipes: Recipes, config: PrecomputeConfig, rejected: list[dict[str, Any]]) -> None:
+        """`rejected` receives an entry for each clip that could not be used: its reason, and what stood in."""
+        self._recipes, self._config, self._rejected = recipes, config, rejected
+        self._crops: dict[tuple[int, float], tuple[np.ndarray, int]] = {}
+        self._last: Rendered | None = None
+
+    def render(self, index: int) -> Rendered:
+        """Sample `index` of the data set."""
+        recipe = self._recipes[index]
+        if self._last is None or self._last.recipe.mixture != recipe.mixture:
+            self._last = self._mix(recipe)
+        return Rendered(recipe, self._last.sources, self._last.offsets, self._last.mixed)
+
+    def _mix(self, recipe: Recipe) -> Rendered:
+        read = [self._read(recipe, slot) for slot in range(len(recipe.sources))]
+        self._crops = {(source.clip.number, source.fraction): (crop, offset) for source, crop, offset in read}
+        sources, crops, offsets = zip(*read, strict=True)
+        mixed = mix(crops[0], np.stack(crops[1:]), recipe.gains_db, recipe.noise_gain_db)
+        return Rendered(recipe, sources, offsets, mixed)
+
+    def _read(self, recipe: Recipe, slot: int) -> tuple[Source, np.ndarray, int]:
+        """Source `slot` or, if its clip is rejected, the first of its replacements that is not."""
+        source = recipe.sources[slot]
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                kept = self._crops.get((source.clip.number, source.fraction))
+                return source, *(kept or read_crop(source.clip, source.fraction, self._config.clips))
+            except Rejection as rejection:
+                bad, source = source, self._recipes.replacement(recipe, slot, attempt)
+                self._rejected.append(
+                    {
+                        "reason": rejection.reason,
+                        "detail": rejection.detail,
+                        "clip": bad.clip.path,
+                        "sample": f"{recipe.index:09d}",
+                        "source": slot,
+                        "replaced_by": source.clip.path,
+                    }
+                )
+        raise ValueError(
+            f"Sample {recipe.index}: {MAX_REPLACEMENTS} clips in a row were rejected, {bad.clip.location} last "
+            f"({self._rejected[-1]['reason']}: {self._rejected[-1]['detail']}). Is the audio where the catalogue says?"
+        )

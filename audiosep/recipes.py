@@ -1,0 +1,156 @@
+"""Recipes: every number that makes a sample, drawn from (seed, index) alone and printable before anything is decoded.
+
+A data set is therefore a function of config and catalogue: no rank, worker, order or run changes a byte of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from audiosep.catalogue import Catalogue, Clip
+from audiosep.mixing import MixingConfig
+from shards.order import Permutation
+
+MAX_DRAWS = 10_000  # until a source that fits beside the others must have come
+
+
+class Source(NamedTuple):
+    """One source of a mixture."""
+
+    clip: Clip
+    caption: str  # the phrasing that was chosen
+    fraction: float  # in [0, 1): where in the clip the crop starts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One sample: source `target` of a mixture whose first source the others were scaled to."""
+
+    index: int
+    mixture: int  # samples with the same number have the same mixture
+    sources: tuple[Source, ...]
+    gains_db: tuple[int, ...]  # of each source but the first
+    noise_gain_db: int  # of the sum of these
+    target: int = 0  # the source that the query asks for
+
+
+class Draws:
+    """Uniform numbers from Philox, a counter-based generator: (seed, number, stream) name a sequence of its own.
+
+    Only raw 64-bit words are taken from numpy, so the numbers stay the same in all its versions."""
+
+    def __init__(self, seed: int, number: int, stream: int) -> None:
+        self._words = np.random.Philox(key=[seed, number], counter=[0, 0, 0, stream]).random_raw
+
+    def below(self, size: int) -> int:
+        """An integer of range(size)."""
+        return int(self._words()) * size >> 64
+
+    def fraction(self) -> float:
+        """A number in [0, 1)."""
+        return (int(self._words()) >> 11) * 2.0**-53
+
+
+TARGET, MIXTURE, REPLACEMENT = 0, 1, 2  # streams of draws; replacement n of a mixture uses REPLACEMENT + n
+
+
+class Recipes:
+    """The recipes of a data set.
+
+    A pass visits each clip of a catalogue file `weight` times as a target, all files shuffled into one another: one
+    permutation of each file's clips for each of their rounds, one of the pass's places for each pass."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        config: MixingConfig,
+        seed: int,
+        *,
+        mixtures_per_target: int = 1,
+        each_source: bool = False,
+    ) -> None:
+        """`each_source`: every source of a mixture is the target of one sample, and each mixture has `max_mix_num`."""
+        self._catalogue, self._config, self._seed = catalogue, config, seed
+        self._mixtures_per_target = mixtures_per_target
+        self._sources_asked = config.max_mix_num if each_source else 1
+        sizes = np.diff(catalogue.starts)
+        places = [max(round(weight * size), 1) for weight, size in zip(catalogue.weights, sizes, strict=True)]
+        self._place_starts = np.concatenate([[0], np.cumsum(places)])
+        self._orders: dict[tuple[int, ...], Permutation] = {}
+
+    @property
+    def targets_per_pass(self) -> int:
+        return int(self._place_starts[-1])
+
+    @property
+    def samples_per_pass(self) -> int:
+        return self.targets_per_pass * self._mixtures_per_target * self._sources_asked
+
+    def __getitem__(self, index: int) -> Recipe:
+        mixture, asked = divmod(index, self._sources_asked)
+        target = mixture // self._mixtures_per_target
+        draws = Draws(self._seed, target, TARGET)
+        sources = [self._source(self._target_clip(target), draws)]
+        draws = Draws(self._seed, mixture, MIXTURE)
+        most = self._config.max_mix_num
+        mix_num = most if self._sources_asked > 1 else 2 + draws.below(most - 1)
+        while len(sources) < mix_num:
+            sources.append(self._fitting_source(sources, draws))
+        gains = [self._config.lower_db + draws.below(self._config.higher_db - self._config.lower_db + 1) for _ in sources]
+        return Recipe(index, mixture, tuple(sources), tuple(gains[1:]), gains[0], asked)
+
+    def replacement(self, recipe: Recipe, slot: int, attempt: int) -> Source:
+        """What stands in for a rejected source `slot`, `attempt` = 0, 1, ...: any clip that fits beside the others."""
+        draws = Draws(self._seed, recipe.mixture, REPLACEMENT + attempt * self._config.max_mix_num + slot)
+        return self._fitting_source([*recipe.sources[:slot], *recipe.sources[slot + 1 :]], draws)
+
+    def _target_clip(self, target: int) -> int:
+        """The clip at place `target` of the endless sequence of passes."""
+        pass_number, position = divmod(target, self.targets_per_pass)
+        place = self._permuted(self.targets_per_pass, (self._seed, 0, pass_number), position)
+        file = int(np.searchsorted(self._place_starts, place, side="right")) - 1
+        start, end = map(int, self._place_starts[file : file + 2])
+        first, last = map(int, self._catalogue.starts[file : file + 2])
+        round_number, position = divmod(pass_number * (end - start) + place - start, last - first)
+        return first + self._permuted(last - first, (self._seed, 1, file, round_number), position)
+
+    def _permuted(self, size: int, key: tuple[int, ...], position: int) -> int:
+        if key not in self._orders:
+            if len(self._orders) > 100:
+                self._orders.clear()
+            self._orders[key] = Permutation(size, key)
+        return int(self._orders[key](position))
+
+    def _fitting_source(self, others: Sequence[Source], draws: Draws) -> Source:
+        """A source that differs from each other one in clip, captions and (`distinct_kinds`) kind; files by weight."""
+        for _ in range(MAX_DRAWS):
+            place = draws.below(self.targets_per_pass)
+            file = int(np.searchsorted(self._place_starts, place, side="right")) - 1
+            first, last = map(int, self._catalogue.starts[file : file + 2])
+            source = self._source(first + draws.below(last - first), draws)
+            if not any(self._clash(source.clip, other.clip) for other in others):
+                return source
+        raise ValueError(
+            f"{MAX_DRAWS} clips drawn and none fits beside {', '.join(repr(other.caption) for other in others)}: a mixture "
+            "needs sources of different captions and kinds. Lower mixing.max_mix_num, set mixing.distinct_kinds to false, "
+            "or add clips."
+        )
+
+    def _clash(self, one: Clip, other: Clip) -> bool:
+        return (
+            one.number == other.number
+            or not {normalised(c) for c in one.captions}.isdisjoint(normalised(c) for c in other.captions)
+            or (self._config.distinct_kinds and one.kind == other.kind != "")
+        )
+
+    def _source(self, number: int, draws: Draws) -> Source:
+        clip = self._catalogue.clip(number)
+        return Source(clip, clip.captions[draws.below(len(clip.captions))], draws.fraction())
+
+
+def normalised(caption: str) -> str:
+    """Captions that differ in case, spaces or a final stop only are the same."""
+    return " ".join(caption.casefold().split()).rstrip(".")
+
+

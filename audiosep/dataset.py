@@ -1,6 +1,6 @@
 """A data set to be: its config, what binds it, and the rendering of any of its samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from audiosep.queries import QueryConfig, make_encoder
 from audiosep.recipes import Recipe, Recipes, Source
 from audiosep.samples import Encoder, Rendered
 from audiosep.stft import Precision, Representation, StftConfig
-from shards.manifest import Plan, bind
+from shards.manifest import SPEC, Plan, bind, read_plan
 from shards.storage import StorageConfig, Store, open_store
 from shards.tar import Sample
 from shards.writer import Record, write_shard
@@ -86,9 +86,7 @@ class Dataset:
             mixtures_per_target=config.shards.mixtures_per_target,
             each_source=config.shards.targets == "each",
         )
-        self._device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-        if config.device == "cuda" != self._device:
-            raise ValueError("device is cuda, but torch finds no GPU here. Use auto or cpu.")
+        self._device = self._choose_device()
         self._queries = make_encoder(config.queries, self._device) if config.queries else None
         num_samples = config.shards.num_samples or config.shards.passes * self.recipes.samples_per_pass
         self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard)
@@ -102,10 +100,21 @@ class Dataset:
         encoder = self._queries.identity if self._queries else None
         return spec | {"shards": shards, "catalogue": catalogue, "device": self._device, "query_encoder": encoder}
 
+    def _choose_device(self) -> str:
+        """What computes the STFTs. It decides over their last bits, so "auto" means what the root was begun with."""
+        if self.config.device != "auto":
+            return self.config.device
+        if self.store.size(SPEC) is not None:
+            return read_plan(self.store).spec["device"]
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
     def render_shard(self, index: int, before_sample: Callable[[], None]) -> Record:
         """Write shard `index`; `before_sample` is called before each of its samples and may raise to stop.
 
         Raises ValueError, before the shard is committed, when more clips are rejected than the config allows."""
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"{self.store.url} is rendered with device cuda, but torch finds no GPU here.")
+        name, numbers = self.plan.shard_name(index), self.plan.samples(index)
         rejected: list[dict[str, Any]] = []
         encoder = Encoder(
             self.config.clips.length,
@@ -118,20 +127,33 @@ class Dataset:
 
         def samples() -> Iterator[Sample]:
             renderer = Renderer(self.recipes, self.config, rejected)
-            for number in self.plan.samples(index):
+            for number in numbers:
                 before_sample()
                 rendered = renderer.render(number)
                 condition = self._queries.encode([rendered.target.caption])[0] if self._queries else None
                 yield encoder(rendered, condition)
+                check_rejected(rejected, max(len(numbers), TOLERANT_SAMPLES), self.config.max_rejected_fraction)
 
+        self.store.sweep(f"{name}.")  # what a killed worker left of this shard
         return write_shard(
             self.store,
-            self.plan.shard_name(index),
+            name,
             samples(),
-            num_samples=len(self.plan.samples(index)),
+            num_samples=len(numbers),
             spec_digest=self.plan.spec_digest,
             rejected=rejected,
             dtypes=encoder.dtypes,
+        )
+
+
+def check_rejected(rejected: Sequence[dict[str, Any]], num_samples: int, max_fraction: float) -> None:
+    """Raise ValueError that names the files if there are more than `max_fraction` rejections for each sample."""
+    if len(rejected) > max_fraction * num_samples:
+        reasons = {entry["clip"]: f"{entry['clip']} ({entry['reason']}: {entry['detail']})" for entry in rejected}
+        shown = "; ".join(list(reasons.values())[:10]) + ("; ..." if len(reasons) > 10 else "")
+        raise ValueError(
+            f"{len(rejected)} clips rejected for {num_samples} samples, more than max_rejected_fraction {max_fraction}: "
+            f"{shown}. Mend or remove these files, or raise the fraction if they may be replaced by other clips."
         )
 
 
@@ -152,13 +174,16 @@ class Renderer:
         return Rendered(recipe, self._last.sources, self._last.offsets, self._last.mixed)
 
     def _mix(self, recipe: Recipe) -> Rendered:
-        read = [self._read(recipe, slot) for slot in range(len(recipe.sources))]
+        read: list[tuple[Source, np.ndarray, int]] = []
+        for slot in range(len(recipe.sources)):
+            others = [*(source for source, _, _ in read), *recipe.sources[slot + 1 :]]
+            read.append(self._read(recipe, slot, others))
         self._crops = {(source.clip.number, source.fraction): (crop, offset) for source, crop, offset in read}
         sources, crops, offsets = zip(*read, strict=True)
         mixed = mix(crops[0], np.stack(crops[1:]), recipe.gains_db, recipe.noise_gain_db)
         return Rendered(recipe, sources, offsets, mixed)
 
-    def _read(self, recipe: Recipe, slot: int) -> tuple[Source, np.ndarray, int]:
+    def _read(self, recipe: Recipe, slot: int, others: Sequence[Source]) -> tuple[Source, np.ndarray, int]:
         """Source `slot` or, if its clip is rejected, the first of its replacements that is not."""
         source = recipe.sources[slot]
         for attempt in range(MAX_REPLACEMENTS):
@@ -166,7 +191,7 @@ class Renderer:
                 kept = self._crops.get((source.clip.number, source.fraction))
                 return source, *(kept or read_crop(source.clip, source.fraction, self._config.clips))
             except Rejection as rejection:
-                bad, source = source, self._recipes.replacement(recipe, slot, attempt)
+                bad, source = source, self._recipes.replacement(recipe, slot, others, attempt)
                 self._rejected.append(
                     {
                         "reason": rejection.reason,

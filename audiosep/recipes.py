@@ -100,10 +100,10 @@ class Recipes:
         gains = [self._config.lower_db + draws.below(self._config.higher_db - self._config.lower_db + 1) for _ in sources]
         return Recipe(index, mixture, tuple(sources), tuple(gains[1:]), gains[0], asked)
 
-    def replacement(self, recipe: Recipe, slot: int, attempt: int) -> Source:
+    def replacement(self, recipe: Recipe, slot: int, others: Sequence[Source], attempt: int) -> Source:
         """What stands in for a rejected source `slot`, `attempt` = 0, 1, ...: any clip that fits beside the others."""
         draws = Draws(self._seed, recipe.mixture, REPLACEMENT + attempt * self._config.max_mix_num + slot)
-        return self._fitting_source([*recipe.sources[:slot], *recipe.sources[slot + 1 :]], draws)
+        return self._fitting_source(others, draws)
 
     def _target_clip(self, target: int) -> int:
         """The clip at place `target` of the endless sequence of passes."""

@@ -1,8 +1,9 @@
 """Clip catalogues: which audio there is and what it is called, compact enough for 10^7 clips.
 
-Read are upstream's JSON ({"data": [{"wav": ..., "caption": ...}]}), JSONL, CSV and TSV. A clip's path may also come as
-`path`, its caption as a list `captions` (in CSV and TSV divided by "|"). `kind`, `source`, `licence` and `recording` are
-optional; `byte_offset` and `byte_size` name a clip inside a larger file, such as a member of a tar (index_tars.py)."""
+Read are upstream's JSON ({"data": [{"wav": ..., "caption": ...}]}), JSONL, CSV and TSV. A path may also be named `path`;
+further phrasings of the caption are in `captions`, a list (in CSV and TSV divided by "|"). `kind`, `source`, `author`,
+`licence` and `recording` are optional. `byte_offset` and `byte_size` name a clip inside a larger file, such as a member
+of a tar (`audiosep index`)."""
 
 import csv
 import hashlib
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 JSON_CHUNK_CHARACTERS = 1 << 20
-TEXT_COLUMNS = ("path", "kind", "source", "licence", "recording")
+TEXT_COLUMNS = ("path", "kind", "source", "author", "licence", "recording")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Clip:
     captions: tuple[str, ...]  # phrasings of one description
     kind: str
     source: str
+    author: str
     licence: str
     recording: str  # what it was cut from; clips of one recording belong into one split
     byte_range: tuple[int, int] | None  # offset and size inside the file, if it is only a part of it
@@ -51,8 +53,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All clips of one or more catalogue files, in their order. Saved and loaded by memory map, so that the workers of a
-    machine share one copy."""
+    """All clips of one or more catalogue files, in their order.
+
+    Saved and loaded by memory map, so that the processes of a machine share one copy."""
 
     texts: Mapping[str, Texts]  # TEXT_COLUMNS, each [N], and "caption" [number of captions]
     caption_ends: np.ndarray  # int64 [N]: the captions of clip i are caption_ends[i - 1] .. caption_ends[i]
@@ -68,11 +71,12 @@ class Catalogue:
     def clip(self, number: int) -> Clip:
         first = int(self.caption_ends[number - 1]) if number else 0
         captions = tuple(self.texts["caption"][i] for i in range(first, int(self.caption_ends[number])))
-        path, kind, source, licence, recording = (self.texts[name][number] for name in TEXT_COLUMNS)
+        texts = {name: self.texts[name][number] for name in TEXT_COLUMNS}
         folder = self.folders[self.file_of(number)]
         offset, size = map(int, self.byte_ranges[number])
         byte_range = None if size < 0 else (offset, size)
-        return Clip(number, path, resolve(path, folder), captions, kind, source, licence, recording, byte_range)
+        location = resolve(texts["path"], folder)
+        return Clip(number=number, location=location, captions=captions, byte_range=byte_range, **texts)
 
     def file_of(self, number: int) -> int:
         """Which of the catalogue files lists this clip."""
@@ -142,7 +146,7 @@ def read_rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(stream, delimiter="," if suffix == ".csv" else "\t")
             for row in reader:
                 captions = {"captions": row["captions"].split("|")} if row.get("captions") else {}
-                yield reader.line_num, {key: value for key, value in row.items() if value} | captions
+                yield reader.line_num, {key: value for key, value in row.items() if key != "captions"} | captions
 
 
 def _parse(file: str, line: int, text: str) -> dict[str, Any]:
@@ -184,8 +188,12 @@ def _check_exists(path: str, folder: str) -> None:
 class _Columns:
     """Columns that grow row by row."""
 
-    data: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in (*TEXT_COLUMNS, "caption")})
-    ends: dict[str, "array[int]"] = field(default_factory=lambda: {name: array("q") for name in (*TEXT_COLUMNS, "caption")})
+    data: dict[str, bytearray] = field(
+        default_factory=lambda: {name: bytearray() for name in (*TEXT_COLUMNS, "caption")}
+    )
+    ends: dict[str, "array[int]"] = field(
+        default_factory=lambda: {name: array("q") for name in (*TEXT_COLUMNS, "caption")}
+    )
     caption_ends: "array[int]" = field(default_factory=lambda: array("q"))
     byte_ranges: "array[int]" = field(default_factory=lambda: array("q"))
     last_path: str = ""
@@ -198,18 +206,18 @@ class _Columns:
         if not isinstance(row, dict):
             raise ValueError(f"expected an object with path and caption, got {row!r}.")
         path = row.get("wav") or row.get("path")
-        captions = row.get("captions") or [row.get("caption")]
         if not isinstance(path, str):
             raise ValueError(f"no column 'wav' or 'path' (there are {', '.join(row) or 'none'}).")
-        if captions == [None] and "caption" not in row:
+        if "caption" not in row and "captions" not in row:
             raise ValueError(f"no column 'caption' or 'captions' (there are {', '.join(row)}).")
+        captions = [row["caption"]] * ("caption" in row) + list(row.get("captions", ()))
         captions = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
-        if not all(captions):
+        if not captions or not all(captions):
             raise ValueError(f"the caption of {path} is empty.")
         self._add("path", path)
         for name in TEXT_COLUMNS[1:]:
             self._add(name, str(row.get(name) or ""))
-        for caption in captions:
+        for caption in dict.fromkeys(captions):
             self._add("caption", caption)
         self.caption_ends.append(len(self.ends["caption"]))
         self.byte_ranges.extend((int(row.get("byte_offset", 0)), int(row.get("byte_size", -1))))
@@ -221,7 +229,9 @@ class _Columns:
         self.ends[column].append(len(data))
 
     def catalogue(self, starts: list[int], weights: tuple[float, ...], folders: tuple[str, ...]) -> Catalogue:
-        texts = {n: Texts(np.frombuffer(self.data[n], np.uint8), np.frombuffer(self.ends[n], np.int64)) for n in self.data}
+        texts = {
+            n: Texts(np.frombuffer(self.data[n], np.uint8), np.frombuffer(self.ends[n], np.int64)) for n in self.data
+        }
         caption_ends = np.frombuffer(self.caption_ends, np.int64)
         byte_ranges = np.frombuffer(self.byte_ranges, np.int64).reshape(-1, 2)
         digest = hashlib.sha256(json.dumps([starts, weights]).encode())

@@ -22,11 +22,16 @@ class ClipConfig:
     """How clips become waveforms, and which are refused."""
 
     sample_rate: Annotated[int, Field(gt=0, description="of every waveform, Hz")] = 32000
-    segment_seconds: Annotated[float, Field(gt=0, description="length of a sample, s; shorter clips are zero-padded")] = 5.0
+    segment_seconds: Annotated[
+        float, Field(gt=0, description="length of a sample, s; shorter clips are zero-padded")
+    ] = 5.0
     min_clip_seconds: Annotated[float, Field(ge=0, description="shorter clips are rejected, s")] = 1.0
-    silence_dbfs: Annotated[float, Field(lt=0, description="crops whose peak stays below are rejected as silent, dB")] = -60.0
+    silence_dbfs: Annotated[
+        float, Field(lt=0, description="crops whose peak stays below are rejected as silent, dB")
+    ] = -60.0
     resampler: Annotated[
-        Literal["soxr", "torchaudio"], Field(description="torchaudio: as upstream; its package needs a CUDA build of torch")
+        Literal["soxr", "torchaudio"],
+        Field(description="torchaudio: as upstream; its package needs a CUDA build of torch"),
     ] = "soxr"
 
     @property
@@ -44,11 +49,11 @@ class Rejection(Exception):
 
 
 def read_crop(clip: Clip, fraction: float, config: ClipConfig) -> tuple[np.ndarray, int]:
-    """A crop of `config.length` samples, float32 [L], and where it starts in the clip (samples at `config.sample_rate`).
+    """A crop of `config.length` samples, float32 [L], and where it starts in the clip, samples at `config.sample_rate`.
 
     `fraction` in [0, 1) says where between the first and the last possible start. A shorter clip is padded with zeros.
-    Raises Rejection for a clip that is missing, undecodable, truncated, short, silent or not finite. Other trouble, such
-    as a lost connection, says nothing about the clip and comes as OSError."""
+    Raises Rejection for a clip that is missing, undecodable, truncated, short, silent or not finite. Other trouble,
+    such as a lost connection, says nothing about the clip and comes as OSError."""
     with _open(clip) as file:
         seconds = file.frames / file.samplerate
         if seconds < config.min_clip_seconds:
@@ -97,7 +102,7 @@ def _decode(file: soundfile.SoundFile, offset: int, length: int, config: ClipCon
     # makes the crop the same as a piece of the whole clip resampled.
     ratio = Fraction(file.samplerate, config.sample_rate)
     native, wanted = ratio.as_integer_ratio()
-    margin = RESAMPLING_MARGIN * max(1, ratio)
+    margin = RESAMPLING_MARGIN * max(native, wanted) // wanted  # in frames of the file
     first = max(int(offset * ratio - margin) // native * native, 0)
     last = min(int((offset + length) * ratio + margin), file.frames)
     resampled = _resample(_read_frames(file, first, last), file.samplerate, config)
@@ -125,7 +130,7 @@ def _resample(waveform: np.ndarray, sample_rate: int, config: ClipConfig) -> np.
         import torchaudio
     except (ImportError, OSError) as error:  # its extension is linked to CUDA
         raise ValueError(
-            f"clips.resampler is torchaudio, which cannot be imported here ({error}). Use soxr, or a CUDA build of torch."
+            f"clips.resampler is torchaudio, not importable here ({error}). Use soxr, or a CUDA build of torch."
         ) from None
     resampled = torchaudio.functional.resample(torch.from_numpy(waveform), sample_rate, config.sample_rate)
     return resampled.numpy()

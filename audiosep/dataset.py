@@ -1,6 +1,6 @@
 """A data set to be: its config, what binds it, and the rendering of any of its samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -16,10 +16,11 @@ from audiosep.queries import QueryConfig, make_encoder
 from audiosep.recipes import Recipe, Recipes, Source
 from audiosep.samples import Encoder, Rendered
 from audiosep.stft import Precision, Representation, StftConfig
-from shards.manifest import SPEC, Plan, bind, read_plan
+from shards.manifest import SPEC, Plan, bind, read_plan, survey
+from shards.record import OtherSpecError, Record, complete_record
 from shards.storage import StorageConfig, Store, open_store
 from shards.tar import Sample
-from shards.writer import Record, write_shard
+from shards.writer import write_shard
 
 MAX_REPLACEMENTS = 100  # for one source, until so many clips in a row were rejected that the audio must be elsewhere
 TOLERANT_SAMPLES = 1000  # below so many, a share of rejections says little
@@ -40,7 +41,9 @@ class ShardConfig:
         Field(description="each: a mixture gives a sample for each of its sources, of which it has max_mix_num"),
     ] = "one"
     num_samples: Annotated[int | None, Field(ge=1, description="samples in all; by default whole passes")] = None
-    samples_per_shard: Annotated[int, Field(ge=1, description="2 MB each for 5 s, float16 magnitudes, window 2048")] = 256
+    samples_per_shard: Annotated[int, Field(ge=1, description="2 MB each for 5 s, float16 magnitudes, window 2048")] = (
+        256
+    )
     representation: Annotated[
         Representation, Field(description="complex: real and imaginary planes, twice the size, keeps the phase")
     ] = "magnitude"
@@ -56,10 +59,10 @@ class PrecomputeConfig:
         str | dict[str, float], Field(description="catalogue file, or several with their weights, {file: weight}")
     ]
     seed: Annotated[int, Field(ge=0, lt=2**64, description="of all draws")] = 0
-    clips: ClipConfig = ClipConfig()
-    mixing: MixingConfig = MixingConfig()
-    stft: StftConfig = StftConfig()
-    shards: ShardConfig = ShardConfig()
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    stft: StftConfig = field(default_factory=StftConfig)
+    shards: ShardConfig = field(default_factory=ShardConfig)
     queries: Annotated[
         QueryConfig | None, Field(description="encoder whose embeddings of the captions are stored as conditions")
     ] = None
@@ -70,6 +73,31 @@ class PrecomputeConfig:
     check_files: Annotated[bool, Field(description="look for every local clip before beginning")] = True
     num_processes: Annotated[int, Field(ge=1, description="processes of this machine that render shards")] = 1
     storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass
+class Tally:
+    """Samples made, and clips rejected for them."""
+
+    num_samples: int = 0
+    num_rejected: int = 0
+    examples: dict[str, str] = field(default_factory=dict)  # clips and why, as many as people read
+
+    def add(self, num_samples: int, rejected: Sequence[Mapping[str, Any]]) -> "Tally":
+        self.num_samples += num_samples
+        self.num_rejected += len(rejected)
+        for entry in rejected[: 10 - len(self.examples)]:
+            self.examples[entry["clip"]] = f"{entry['reason']}: {entry['detail']}"
+        return self
+
+    def check(self, max_fraction: float) -> None:
+        """Raise ValueError that names files, if there are more than `max_fraction` rejections for each sample."""
+        if self.num_rejected > max_fraction * self.num_samples:
+            shown = "; ".join(f"{clip} ({reason})" for clip, reason in self.examples.items())
+            raise ValueError(
+                f"{self.num_rejected} clips rejected for {self.num_samples} samples, more than max_rejected_fraction "
+                f"{max_fraction}: {shown}; ... Mend or remove them, or raise the fraction if other clips may stand in."
+            )
 
 
 class Dataset:
@@ -95,7 +123,9 @@ class Dataset:
         """All that decides over the samples' bytes besides their number, as plain data."""
         config = plain(self.config)
         spec = {name: config[name] for name in ("seed", "clips", "mixing", "stft")}
-        shards = {name: config["shards"][name] for name in ("mixtures_per_target", "targets", "representation", "dtype")}
+        shards = {
+            name: config["shards"][name] for name in ("mixtures_per_target", "targets", "representation", "dtype")
+        }
         catalogue = {"digest": self.catalogue.digest, "num_clips": len(self.catalogue)}
         encoder = self._queries.identity if self._queries else None
         return spec | {"shards": shards, "catalogue": catalogue, "device": self._device, "query_encoder": encoder}
@@ -107,6 +137,28 @@ class Dataset:
         if self.store.size(SPEC) is not None:
             return read_plan(self.store).spec["device"]
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def survey(self, share: Sequence[int]) -> tuple[list[int], Tally]:
+        """The shards of a share that are yet to be made, and what the others hold."""
+        if len(share) == self.plan.num_shards:
+            found: Iterator[Record | str] = survey(self.store, self.plan)
+        else:
+            found = map(self._complete_record, share)
+        unfinished, tally = [], Tally()
+        for index, record in zip(share, found, strict=True):
+            if isinstance(record, Record):
+                tally.add(record.num_samples, record.rejected)
+            else:
+                unfinished.append(index)
+        return unfinished, tally
+
+    def _complete_record(self, index: int) -> Record | str:
+        try:
+            return complete_record(self.store, self.plan.shard_name(index), self.plan.spec_digest, self.store.size)
+        except OtherSpecError:
+            raise
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
 
     def render_shard(self, index: int, before_sample: Callable[[], None]) -> Record:
         """Write shard `index`; `before_sample` is called before each of its samples and may raise to stop.
@@ -132,7 +184,8 @@ class Dataset:
                 rendered = renderer.render(number)
                 condition = self._queries.encode([rendered.target.caption])[0] if self._queries else None
                 yield encoder(rendered, condition)
-                check_rejected(rejected, max(len(numbers), TOLERANT_SAMPLES), self.config.max_rejected_fraction)
+                tally = Tally().add(max(len(numbers), TOLERANT_SAMPLES), rejected)
+                tally.check(self.config.max_rejected_fraction)
 
         self.store.sweep(f"{name}.")  # what a killed worker left of this shard
         return write_shard(
@@ -143,17 +196,6 @@ class Dataset:
             spec_digest=self.plan.spec_digest,
             rejected=rejected,
             dtypes=encoder.dtypes,
-        )
-
-
-def check_rejected(rejected: Sequence[dict[str, Any]], num_samples: int, max_fraction: float) -> None:
-    """Raise ValueError that names the files if there are more than `max_fraction` rejections for each sample."""
-    if len(rejected) > max_fraction * num_samples:
-        reasons = {entry["clip"]: f"{entry['clip']} ({entry['reason']}: {entry['detail']})" for entry in rejected}
-        shown = "; ".join(list(reasons.values())[:10]) + ("; ..." if len(reasons) > 10 else "")
-        raise ValueError(
-            f"{len(rejected)} clips rejected for {num_samples} samples, more than max_rejected_fraction {max_fraction}: "
-            f"{shown}. Mend or remove these files, or raise the fraction if they may be replaced by other clips."
         )
 
 

@@ -60,8 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     request = StopRequest()
     from audiosep.catalogue import read_catalogue
     from audiosep.config import describe, load_config
-    from audiosep.dataset import Dataset, PrecomputeConfig, check_rejected
-    from shards.manifest import parse_ranges
+    from audiosep.dataset import Dataset, PrecomputeConfig
+    from shards.manifest import format_ranges, parse_ranges
 
     parser = argparse.ArgumentParser(
         prog="audiosep precompute",
@@ -83,31 +83,30 @@ def main(arguments: Sequence[str]) -> int:
         request.check()
         plan = dataset.plan
         share = options.shards or range(options.rank, plan.num_shards, options.world_size)
-        if share[-1:] and share[-1] >= plan.num_shards:
+        if share and share[-1] >= plan.num_shards:
             raise ValueError(f"--shards names shard {share[-1]}, but there are only 0..{plan.num_shards - 1}.")
-        records = dataset.complete(share)
-        unfinished = [index for index in share if index not in records]
+        unfinished, tally = dataset.survey(share)
         if options.plan:
             facts = {"root": config.root, "num_shards": plan.num_shards, "unfinished": unfinished}
             print(json.dumps(facts | {"spec_digest": plan.spec_digest}))
             return DONE
         failures: dict[int, str] = {}
         with tqdm(total=sum(len(plan.samples(index)) for index in unfinished), unit="sample", desc=config.root) as bar:
-            for index, result in _render(dataset, unfinished, request, bar):
+            for index, result in _render(dataset, tuple(unfinished), request, bar):
                 if isinstance(result, str):
                     failures[index] = result
                 else:
-                    records[index] = result
+                    tally.add(result.num_samples, result.rejected)
+                    unfinished.remove(index)
     except Stopped:
         print("Stopped by a signal; the same command goes on from here.", file=sys.stderr)
         return STOPPED
     for index, reason in failures.items():
         print(f"audiosep precompute: {config.root}/{plan.shard_name(index)} failed: {reason}", file=sys.stderr)
-    if len(records) < len(share):
-        print(f"audiosep precompute: {len(share) - len(records)} of {len(share)} shards are missing.", file=sys.stderr)
+    if unfinished:
+        print(f"audiosep precompute: missing in {config.root}: shards {format_ranges(unfinished)}", file=sys.stderr)
         return FAILED
-    rejected = [entry for record in records.values() for entry in record.rejected]
-    check_rejected(rejected, sum(record.num_samples for record in records.values()), config.max_rejected_fraction)
+    tally.check(config.max_rejected_fraction)
     return DONE
 
 
@@ -159,12 +158,12 @@ def _render_in_processes(
         try:
             for _ in range(num_processes):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, dataset.config, folder), daemon=True)
+                process: BaseProcess = context.Process(target=_work, args=(theirs, dataset.config, folder), daemon=True)
                 process.start()
                 theirs.close()
                 workers[ours] = process, None
             num_failures = 0
-            while workers:
+            while workers and (waiting or any(index is not None for _, index in workers.values())):
                 request.check()
                 for pipe in wait(list(workers), timeout=0.2):
                     assert isinstance(pipe, Connection)
@@ -184,14 +183,15 @@ def _render_in_processes(
                     if index is not None:
                         yield index, message
                         num_failures += isinstance(message, str)
-                    go_on = waiting and num_failures < MAX_FAILURES * num_processes
-                    workers[pipe] = process, waiting.popleft() if go_on else None
+                        if num_failures >= MAX_FAILURES * num_processes:
+                            waiting.clear()
+                    workers[pipe] = process, waiting.popleft() if waiting else None
                     pipe.send(workers[pipe][1])
         finally:
-            for process, _ in workers.values():
-                process.terminate()
-            for process, _ in workers.values():
-                process.join()
+            for worker, index in workers.values():
+                worker.kill() if index is None else worker.terminate()
+            for worker, _ in workers.values():
+                worker.join()
 
 
 READY = "ready"

@@ -97,7 +97,9 @@ class Recipes:
         mix_num = most if self._sources_asked > 1 else 2 + draws.below(most - 1)
         while len(sources) < mix_num:
             sources.append(self._fitting_source(sources, draws))
-        gains = [self._config.lower_db + draws.below(self._config.higher_db - self._config.lower_db + 1) for _ in sources]
+        gains = [
+            self._config.lower_db + draws.below(self._config.higher_db - self._config.lower_db + 1) for _ in sources
+        ]
         return Recipe(index, mixture, tuple(sources), tuple(gains[1:]), gains[0], asked)
 
     def replacement(self, recipe: Recipe, slot: int, others: Sequence[Source], attempt: int) -> Source:
@@ -132,9 +134,9 @@ class Recipes:
             if not any(self._clash(source.clip, other.clip) for other in others):
                 return source
         raise ValueError(
-            f"{MAX_DRAWS} clips drawn and none fits beside {', '.join(repr(other.caption) for other in others)}: a mixture "
-            "needs sources of different captions and kinds. Lower mixing.max_mix_num, set mixing.distinct_kinds to false, "
-            "or add clips."
+            f"{MAX_DRAWS} clips drawn and none fits beside {', '.join(repr(other.caption) for other in others)}: a "
+            "mixture needs sources of different captions and kinds. Lower mixing.max_mix_num, set mixing.distinct_kinds "
+            "to false, or add clips."
         )
 
     def _clash(self, one: Clip, other: Clip) -> bool:
@@ -152,5 +154,3 @@ class Recipes:
 def normalised(caption: str) -> str:
     """Captions that differ in case, spaces or a final stop only are the same."""
     return " ".join(caption.casefold().split()).rstrip(".")
-
-

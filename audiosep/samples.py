@@ -10,7 +10,6 @@ import torch
 from audiosep.mixing import Mixture
 from audiosep.recipes import Recipe, Source
 from audiosep.stft import Precision, Representation, StftConfig, Transform, stored_shape
-from shards.tar import DType
 from shards.tar import Sample as StoredSample
 
 MIXTURE, SEGMENT, CONDITION = "stft_mixture", "stft_segment", "condition"
@@ -51,7 +50,7 @@ class Encoder:
         self._length, self._sample_rate = length, sample_rate
         self._transforms: dict[int, Transform] = {}
         self._spectrograms: dict[str, torch.Tensor] = {}
-        self.dtypes: dict[str, DType] = {}
+        self.dtypes: dict[str, str] = {}
         for window_length in stft.window_lengths:
             shape = stored_shape(length, window_length, stft.hop_length, representation)
             self._transforms[window_length] = Transform(length, window_length, stft.hop_length, representation, device)
@@ -97,7 +96,8 @@ def describe(rendered: Rendered) -> dict[str, Any]:
 def _describe_source(source: Source, offset: int, gain_db: int | None) -> dict[str, Any]:
     clip = source.clip
     described: dict[str, Any] = {"clip": clip.path, "caption": source.caption, "offset": offset}
-    described |= {"kind": clip.kind, "source": clip.source, "licence": clip.licence, "recording": clip.recording}
+    described |= {"kind": clip.kind, "source": clip.source, "author": clip.author, "licence": clip.licence}
+    described["recording"] = clip.recording
     if clip.byte_range:
         described["byte_range"] = list(clip.byte_range)
     if gain_db is not None:

@@ -1,6 +1,6 @@
 """Clip catalogues: which audio there is and what it is called, compact enough for 10^7 clips.
 
-Read are upstream's JSON ({"data": [{"wav": ..., "caption": ...}]}), JSONL, CSV and TSV. A path may also be named `path`;
+Read are upstream's JSON ({"data": [{"wav": ..., "caption": ...}]}), JSONL, CSV and TSV. `path` may stand for `wav`;
 further phrasings of the caption are in `captions`, a list (in CSV and TSV divided by "|"). `kind`, `source`, `author`,
 `licence` and `recording` are optional. `byte_offset` and `byte_size` name a clip inside a larger file, such as a member
 of a tar (`audiosep index`)."""

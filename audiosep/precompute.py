@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,13 +38,18 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Turns stop signals into a question that is asked before each sample."""
+    """Turns stop signals, while in its block, into a question that is asked before each sample."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "StopRequest":
         self._asked = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(STOPPED))
+        self._handlers = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+        self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: os._exit(STOPPED))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         if not self._asked:
@@ -57,7 +63,15 @@ class StopRequest:
 
 
 def main(arguments: Sequence[str]) -> int:
-    request = StopRequest()
+    with StopRequest() as request:
+        try:
+            return _precompute(arguments, request)
+        except Stopped:
+            print("Stopped by a signal; the same command goes on from here.", file=sys.stderr)
+            return STOPPED
+
+
+def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     from audiosep.catalogue import read_catalogue
     from audiosep.config import describe, load_config
     from audiosep.dataset import Dataset, PrecomputeConfig
@@ -78,29 +92,27 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= options.rank < options.world_size:
         raise ValueError(f"--rank {options.rank} must be in 0..{options.world_size - 1}, below --world-size.")
     config = load_config(PrecomputeConfig, options.config, overrides)
-    try:
-        dataset = Dataset(config, read_catalogue(config.catalogue, config.check_files))
-        request.check()
-        plan = dataset.plan
-        share = options.shards or range(options.rank, plan.num_shards, options.world_size)
-        if share and share[-1] >= plan.num_shards:
-            raise ValueError(f"--shards names shard {share[-1]}, but there are only 0..{plan.num_shards - 1}.")
-        unfinished, tally = dataset.survey(share)
-        if options.plan:
-            facts = {"root": config.root, "num_shards": plan.num_shards, "unfinished": unfinished}
-            print(json.dumps(facts | {"spec_digest": plan.spec_digest}))
-            return DONE
-        failures: dict[int, str] = {}
-        with tqdm(total=sum(len(plan.samples(index)) for index in unfinished), unit="sample", desc=config.root) as bar:
-            for index, result in _render(dataset, tuple(unfinished), request, bar):
-                if isinstance(result, str):
-                    failures[index] = result
-                else:
-                    tally.add(result.num_samples, result.rejected)
-                    unfinished.remove(index)
-    except Stopped:
-        print("Stopped by a signal; the same command goes on from here.", file=sys.stderr)
-        return STOPPED
+    dataset = Dataset(config, read_catalogue(config.catalogue, config.check_files))
+    request.check()
+    plan = dataset.plan
+    share = options.shards or range(options.rank, plan.num_shards, options.world_size)
+    if share and share[-1] >= plan.num_shards:
+        raise ValueError(f"--shards names shard {share[-1]}, but there are only 0..{plan.num_shards - 1}.")
+    unfinished, tally = dataset.survey(share)
+    if options.plan:
+        facts = {"root": config.root, "num_shards": plan.num_shards, "unfinished": unfinished}
+        print(json.dumps(facts | {"spec_digest": plan.spec_digest}))
+        return DONE
+    failures: dict[int, str] = {}
+    total = sum(len(plan.samples(index)) for index in unfinished)
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
+    with tqdm(total=total, unit="sample", desc=config.root, mininterval=interval) as bar:
+        for index, result in _render(dataset, tuple(unfinished), request, bar):
+            if isinstance(result, str):
+                failures[index] = result
+            else:
+                tally.add(result.num_samples, result.rejected)
+                unfinished.remove(index)
     for index, reason in failures.items():
         print(f"audiosep precompute: {config.root}/{plan.shard_name(index)} failed: {reason}", file=sys.stderr)
     if unfinished:
@@ -170,7 +182,7 @@ def _render_in_processes(
                     process, index = workers[pipe]
                     try:
                         message = pipe.recv()
-                    except (EOFError, ConnectionResetError):
+                    except (EOFError, ConnectionError):
                         process.join()
                         del workers[pipe]
                         request.check()
@@ -200,18 +212,15 @@ READY = "ready"
 def _work(pipe: Connection, config: "PrecomputeConfig", catalogue_folder: str) -> None:
     """A process that renders the shards it is told to, until it is told None. It answers None for each sample begun,
     then the record, or why there is none."""
-    request = StopRequest()
-    from audiosep.catalogue import Catalogue
-    from audiosep.dataset import Dataset
+    with StopRequest() as request, suppress(Stopped, EOFError, ConnectionError):  # or nobody is left to work for
+        from audiosep.catalogue import Catalogue
+        from audiosep.dataset import Dataset
 
-    def before_sample() -> None:
-        request.check()
-        pipe.send(None)
+        def before_sample() -> None:
+            request.check()
+            pipe.send(None)
 
-    try:
         dataset = Dataset(config, Catalogue.load(Path(catalogue_folder)))
         pipe.send(READY)
         while (index := pipe.recv()) is not None:
             pipe.send(_render_one(dataset, index, before_sample))
-    except (Stopped, EOFError, BrokenPipeError):  # asked to stop, or nobody is left to work for
-        sys.exit(STOPPED)

@@ -134,9 +134,9 @@ class Recipes:
             if not any(self._clash(source.clip, other.clip) for other in others):
                 return source
         raise ValueError(
-            f"{MAX_DRAWS} clips drawn and none fits beside {', '.join(repr(other.caption) for other in others)}: a "
-            "mixture needs sources of different captions and kinds. Lower mixing.max_mix_num, set mixing.distinct_kinds "
-            "to false, or add clips."
+            f"{MAX_DRAWS} clips drawn and none fits beside {', '.join(repr(other.caption) for other in others)}: the "
+            "sources of a mixture differ in captions and kinds. Lower mixing.max_mix_num, set mixing.distinct_kinds to "
+            "false, or add clips."
         )
 
     def _clash(self, one: Clip, other: Clip) -> bool:

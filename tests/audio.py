@@ -9,9 +9,9 @@ import numpy as np
 import soundfile
 import yaml
 
-from audiosep.dataset import Dataset, PrecomputeConfig
 from audiosep.catalogue import read_catalogue
 from audiosep.config import build_config
+from audiosep.dataset import Dataset, PrecomputeConfig
 
 SMALL = {  # half a second at 8 kHz, 26 frames of 129 bins: a sample is rendered in well under a millisecond
     "clips": {"sample_rate": 8000, "segment_seconds": 0.5, "min_clip_seconds": 0.4},
@@ -43,7 +43,12 @@ def write_catalogue(folder: Path, num_clips: int = 8, sample_rate: int = 8000, s
 
 def small_settings(root: Path, catalogue: Path, **changes: Any) -> dict[str, Any]:
     """A config as plain data; `changes` are laid over its sections."""
-    settings: dict[str, Any] = {"root": str(root), "catalogue": str(catalogue), "shards": {"samples_per_shard": 4}, **SMALL}
+    settings: dict[str, Any] = {
+        "root": str(root),
+        "catalogue": str(catalogue),
+        "shards": {"samples_per_shard": 4},
+        **SMALL,
+    }
     for name, value in changes.items():
         settings[name] = {**settings.get(name, {}), **value} if isinstance(value, Mapping) else value
     return settings

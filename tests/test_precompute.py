@@ -111,7 +111,7 @@ def test_a_changed_catalogue_is_refused(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("num_processes", ["1", "2"])
 def test_a_signal_stops_within_seconds_and_the_next_run_completes(tmp_path, catalogue, number, num_processes):
-    config = write_config(tmp_path / "config.yaml", tmp_path / "root", catalogue, shards={"passes": 5000})
+    config = write_config(tmp_path / "config.yaml", tmp_path / "root", catalogue, shards={"passes": 1000})
     command = [sys.executable, "-m", "audiosep.cli", "precompute", "--config", config, "--num_processes", num_processes]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("root/*.tar")):
@@ -135,7 +135,10 @@ def test_a_signal_before_the_imports_are_done_stops_too(tmp_path, catalogue):
         "import os, signal, sys\n"
         "import audiosep.precompute as p\n"
         "class Request(p.StopRequest):\n"
-        "    def __init__(self): super().__init__(); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    def __enter__(self):\n"
+        "        super().__enter__()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return self\n"
         "p.StopRequest = Request\n"
         "sys.exit(p.main(sys.argv[1:]))"
     )

@@ -139,8 +139,11 @@ class Dataset:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def survey(self, share: Sequence[int]) -> tuple[list[int], Tally]:
-        """The shards of a share that are yet to be made, and what the others hold."""
+        """The shards of a share that are yet to be made, and what the others hold.
+
+        If the share is everything, also remove what killed workers left."""
         if len(share) == self.plan.num_shards:
+            self.store.sweep()
             found: Iterator[Record | str] = survey(self.store, self.plan)
         else:
             found = map(self._complete_record, share)

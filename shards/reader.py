@@ -120,7 +120,7 @@ class SampleReader:
             if state.intdigest() != checksum:
                 raise ValueError(f"its bytes have the checksum {state.hexdigest()} and not {checksum:016x}")
         key, text_size = parse_head(scratch)
-        if not self.checksums and not self._is_framed(key, text_size, head_bytes, scratch):
+        if not self._is_framed(key, text_size, head_bytes, scratch):
             raise ValueError(self._explain(name, offset, size))
         return key, parse_text(scratch[BLOCK : BLOCK + text_size])
 

@@ -105,25 +105,35 @@ def frame(key: str, text_size: int, fields: Sequence[Field]) -> list[bytes]:
     if text_size > MAX_TEXT_BYTES:
         raise ValueError(f"The JSON of sample {key} has {text_size} bytes; at most {MAX_TEXT_BYTES} are allowed.")
     pieces = [_tar_header(f"{key}.json", text_size)]
-    padding = -text_size % BLOCK
-    for field in fields:
-        npy = npy_header(field.stored, field.shape)
-        size = len(npy) + field.num_bytes
-        pieces.append(bytes(padding) + _tar_header(f"{key}.{field.name}.npy", size) + npy)
-        padding = -size % BLOCK
-    return [*pieces, bytes(padding)]
+    padding = bytes(-text_size % BLOCK)
+    for suffix, size, npy in _members_of(tuple(fields)):
+        pieces.append(padding + _tar_header(key + suffix, size) + npy)
+        padding = bytes(-size % BLOCK)
+    return [*pieces, padding]
+
+
+@lru_cache(maxsize=16)
+def _members_of(fields: tuple[Field, ...]) -> list[tuple[str, int, bytes]]:
+    """Of each field's member: what its name adds to the key, its size, and its npy header."""
+    headers = [npy_header(field.stored, field.shape) for field in fields]
+    return [(f".{field.name}.npy", len(npy) + field.num_bytes, npy) for field, npy in zip(fields, headers)]
 
 
 def _tar_header(name: str, size: int) -> bytes:
     """A plain ustar header (POSIX.1-1988): mode 0644, owner 0, time 0; its checksum counts its own field as spaces."""
     if size >= 8**11:
         raise ValueError(f"{name} has {size} bytes; a tar member holds less than 8 GiB.")
-    head = name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"00000000000\0"
-    tail = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + b"0000000\0" * 2 + bytes(167)
-    return head + b"%06o\0 " % (sum(head) + sum(tail) + 8 * ord(" ")) + tail
+    path, digits = name.encode(), b"%011o" % size
+    checksum = _CONSTANT_SUM + sum(path) + sum(digits)
+    return b"%b%b%b%b%06o\0 %b" % (path.ljust(100, b"\0"), _MODE_OWNER, digits, _TIME, checksum, _TYPE_TO_END)
 
 
-@lru_cache(maxsize=64)
+_MODE_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"\0" + b"00000000000\0"
+_TYPE_TO_END = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + b"0000000\0" * 2 + bytes(167)
+_CONSTANT_SUM = sum(_MODE_OWNER) + sum(_TIME) + sum(_TYPE_TO_END) + 8 * ord(" ")
+
+
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """The header of a version 1.0 .npy file in C order, padded so that the data begins at a multiple of 64."""
     text = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()

@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": ("shards.cli", "read every byte and check it; with --repair make bad shards again"),
     "info": ("shards.cli", "what a data set holds, or how far it has come"),
     "show": ("shards.cli", "one sample's JSON and what is in its tensors"),
+    "copy": ("shards.copy", "a sealed data set to another folder or bucket, checked and resumable"),
     "cat": ("shards.cli", "one sample as a tar, or one of its members, to stdout"),
 }
 BAD_SHARDS = 3

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import xxhash
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
 
@@ -31,6 +31,8 @@ Buffer = bytes | bytearray | memoryview | np.ndarray
 class StorageConfig:
     """How places are reached. Credentials are not among the keys: they come from the usual environment variables,
     profiles and instance roles, so that no config, log or checkpoint can hold them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     endpoint: Annotated[
         str | None, Field(description="URL of an S3 or Azure service other than the provider's own; no credentials")

@@ -1,0 +1,137 @@
+"""A sealed data set from one place to another: `shards copy SOURCE TARGET`, checked, in parallel, and resumable."""
+
+import argparse
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import xxhash
+from pydantic import TypeAdapter
+from tqdm import tqdm
+
+from shards.cli import REPAIR_CONFIG
+from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, format_ranges, parse_manifest
+from shards.record import Record, read_index, read_record
+from shards.storage import StorageConfig, Store, open_store
+from shards.verify import verify
+
+
+def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
+    """Copy a sealed data set, `jobs` shards at a time, and return its manifest, which is written last.
+
+    Every byte is compared with the source's checksums on its way. Shards that are complete in the target are not
+    copied again, so the same call goes on after any interruption. Raises ValueError if the target belongs to another
+    data set, IncompleteError naming the shards that could not be copied."""
+    data = source.read(MANIFEST)
+    manifest = parse_manifest(data, source.url)
+    spec = source.read(SPEC)
+    if not target.create(SPEC, spec) and target.read(SPEC) != spec:
+        raise ValueError(f"{target.url} is bound to another spec than {source.url}; copy to another place.")
+    if target.size(MANIFEST) is not None and target.read(MANIFEST) != data:
+        raise ValueError(f"{target.url} holds another sealed data set than {source.url}; copy to another place.")
+    failed: dict[int, str] = {}
+    stop = threading.Event()
+    total = int(manifest.tar_bytes.sum())
+    with (
+        tqdm(total=total, desc="copy", unit="B", unit_scale=True, disable=None) as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+
+        def attempt(index: int) -> None:
+            try:
+                copy_shard(source, target, manifest, index, bar.update, stop)
+            except (ValueError, OSError, EOFError) as error:
+                failed[index] = str(error)
+
+        try:
+            list(pool.map(attempt, range(manifest.num_shards)))
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failed:
+        shown = "; ".join(f"{manifest.shard_name(index)}: {failed[index]}" for index in sorted(failed)[:5])
+        raise IncompleteError(
+            f"{len(failed)} of {manifest.num_shards} shards could not be copied ({format_ranges(list(failed))}): "
+            f"{shown}. Run the same command again to go on with them.",
+            sorted(failed),
+        )
+    if source.size(REPAIR_CONFIG) is not None:
+        target.write(REPAIR_CONFIG, source.read(REPAIR_CONFIG))
+    target.write(MANIFEST, data)
+    return manifest
+
+
+def copy_shard(
+    source: Store,
+    target: Store,
+    manifest: Manifest,
+    index: int,
+    progress: Callable[[int], object],
+    stop: threading.Event,
+) -> None:
+    """Copy tar, index and record, the record last; nothing if the target has this very shard.
+
+    `progress` is told the bytes of the tar. Raises ValueError where the source is not what its manifest says, and
+    InterruptedError soon after `stop` is set."""
+    name = manifest.shard_name(index)
+    record = read_record(source, name)
+    if (record.checksum, record.index_checksum) != (manifest.checksum(index), manifest.index_checksum(index)):
+        raise ValueError(f"{source.url}/{name}.json is not the record that the manifest was sealed with")
+    if _has(target, name, record):
+        progress(record.num_bytes)
+        return
+    with target.writer(f"{name}.tar") as sink:
+        state = xxhash.xxh3_64()
+        for piece in source.stream(f"{name}.tar"):
+            if stop.is_set():
+                raise InterruptedError(f"{name} was not finished")
+            state.update(piece)
+            sink.write(piece)
+            progress(len(piece))
+        if state.hexdigest() != record.checksum:
+            raise ValueError(
+                f"{source.url}/{name}.tar has the checksum {state.hexdigest()} and its record says {record.checksum}: "
+                "check it with `shards verify`"
+            )
+    read_index(source, name, record.num_samples, record.index_checksum)
+    for suffix in (".idx.npy", ".json"):
+        target.write(f"{name}{suffix}", source.read(f"{name}{suffix}"))
+
+
+def _has(target: Store, name: str, record: Record) -> bool:
+    """Whether the target has a complete shard with this record."""
+    try:
+        return (
+            read_record(target, name) == record
+            and target.size(f"{name}.tar") == record.num_bytes
+            and target.size(f"{name}.idx.npy") == record.index_bytes
+        )
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def copy_command(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="shards copy", description="Copy a sealed data set, checking every byte.")
+    parser.add_argument("source", metavar="SOURCE", help="folder or URL of a sealed data set")
+    parser.add_argument("target", metavar="TARGET", help="folder or URL to copy it to; what is there already is kept")
+    parser.add_argument("--jobs", type=int, default=4, help="shards copied at once (default: 4)")
+    parser.add_argument("--verify", action="store_true", help="read the copy back and check it, too")
+    for side in ("source", "target"):
+        parser.add_argument(
+            f"--{side}-options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}'
+        )
+    options = parser.parse_args(arguments)
+    config = TypeAdapter(StorageConfig)
+    source = open_store(options.source, config.validate_json(options.source_options))
+    target = open_store(options.target, config.validate_json(options.target_options))
+    manifest = copy(source, target, options.jobs)
+    print(
+        f"{target.url}: {manifest.num_shards} shards, {manifest.tar_bytes.sum() / 1e9:.2f} GB, digest {manifest.digest}"
+    )
+    if options.verify:
+        report = verify(target)
+        print(report)
+        if report.bad:
+            raise IncompleteError(f"{target.url}: bad shards: {report.bad}", sorted(report.bad))
+    return 0

@@ -1,0 +1,134 @@
+"""`shards copy`: the same bytes in another place, or an error; and never a second time what is there already."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lossy_proxy import LossyProxy
+from servers import BUCKET, HttpServer, S3Server
+from shard_data import make_data_set
+
+from shards.cli import main
+from shards.copy import copy
+from shards.manifest import IncompleteError, bind, load_manifest
+from shards.storage import LocalStore, StorageConfig, Store, open_store
+from shards.verify import verify
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_data_set(tmp_path / "set", num_samples=45, samples_per_shard=10)
+    return tmp_path / "set"
+
+
+def content(store: Store) -> Mapping[str, bytes]:
+    return {name: store.read(name) for name, _ in store.list()}
+
+
+class CountingStore(LocalStore):
+    """A source that counts how often it is streamed from."""
+
+    streamed = 0
+
+    def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
+        self.streamed += 1
+        return super().stream(name, offset, chunk_bytes)
+
+
+def test_a_set_goes_to_a_bucket_and_comes_back_the_same(
+    root: Path, s3_server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket, options = f"s3://{BUCKET}/{tmp_path.name}/copied", f'{{"endpoint": "{s3_server.endpoint}"}}'
+    assert main(["copy", str(root), bucket, "--verify", "--target-options", options]) == 0
+    assert main(["copy", bucket, str(tmp_path / "back"), "--jobs", "2", "--source-options", options]) == 0
+    assert load_manifest(root).digest in capsys.readouterr().out
+    assert content(open_store(tmp_path / "back")) == content(open_store(root))
+    assert content(open_store(bucket, s3_server.options)) == content(open_store(root))
+
+
+def test_what_is_there_is_not_copied_again_and_what_is_broken_is(root: Path, tmp_path: Path) -> None:
+    source, target = CountingStore(str(root), StorageConfig()), open_store(tmp_path / "copy")
+    copy(source, target)
+    copy(source, target)
+    assert source.streamed == 5
+    target.delete("manifest.json")
+    target.delete("shard-000001.json")
+    target.write("shard-000002.tar", b"short")
+    target.write("shard-000003.idx.npy", b"")
+    copy(source, target)
+    assert source.streamed == 8
+    assert content(target) == content(source)
+
+
+def test_damage_in_the_source_is_named_and_nothing_is_sealed(root: Path, tmp_path: Path) -> None:
+    source, target = open_store(root), open_store(tmp_path / "copy")
+    data = bytearray(source.read("shard-000002.tar"))
+    data[5000] ^= 1
+    source.write("shard-000002.tar", data)
+    source.delete("shard-000004.tar")
+    with pytest.raises(IncompleteError, match=r"2 of 5 shards could not be copied \(2,4\).*has the checksum") as caught:
+        copy(source, target)
+    assert caught.value.shards == [2, 4]
+    assert target.size("manifest.json") is None
+    assert target.size("shard-000002.tar") is None
+
+
+def test_other_sets_are_not_mixed_or_replaced(root: Path, tmp_path: Path) -> None:
+    target = open_store(tmp_path / "copy")
+    bind(target, {"first": 7}, 45, 10)
+    with pytest.raises(ValueError, match="bound to another spec"):
+        copy(open_store(root), target)
+    sealed = open_store(tmp_path / "sealed")
+    copy(open_store(root), sealed)
+    sealed.write("manifest.json", b"{}")
+    with pytest.raises(ValueError, match="holds another sealed data set"):
+        copy(open_store(root), sealed)
+    with pytest.raises(FileNotFoundError):
+        copy(open_store(tmp_path / "nothing"), target)
+
+
+@pytest.mark.parametrize("option", ['{"endpiont": "http://x"}', '{"concurrency": 0}'])
+def test_options_are_checked(root: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["copy", str(root), str(tmp_path / "copy"), "--target-options", option]) == 2
+    assert "endpiont" in capsys.readouterr().err or "concurrency" in option
+
+
+def test_copies_through_a_lossy_network_are_exact(root: Path, http_server: HttpServer, tmp_path: Path) -> None:
+    """Faults of every kind, flipped bits included, on three answers in ten; the copy is repeated until it is whole."""
+    copy(open_store(root), open_store(http_server.files / tmp_path.name))
+    target = open_store(tmp_path / "copy")
+    options = StorageConfig(stall_seconds=0.25, backoff_seconds=0.001)
+    with LossyProxy(int(http_server.url.rpartition(":")[2]), rate=0.3, seed=1) as proxy:
+        source = open_store(f"{proxy.url}/{tmp_path.name}", options)
+        for _ in range(50):
+            try:
+                copy(source, target)
+                break
+            except (OSError, ValueError):
+                continue
+        assert proxy.counts.total() > 3
+    assert content(target) == content(open_store(root))
+
+
+COPY = "import sys; from shards.cli import main; sys.exit(main(['copy', '--jobs', '2', *sys.argv[1:]]))"
+
+
+def test_killed_copies_go_on_where_they_were(tmp_path: Path) -> None:
+    make_data_set(tmp_path / "set", num_samples=400, samples_per_shard=4)
+    for delay in (0.45, 0.55, 0.65, None):
+        command = [sys.executable, "-c", COPY, str(tmp_path / "set"), str(tmp_path / "copy")]
+        process: subprocess.Popen[Any] = subprocess.Popen(command)
+        if delay is not None:
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+    target = open_store(tmp_path / "copy")
+    target.sweep()
+    assert content(target) == content(open_store(tmp_path / "set"))
+    assert not verify(target).bad
+    assert list((tmp_path / "copy").rglob(".tmp*")) == []

@@ -210,7 +210,7 @@ class _Columns:
             raise ValueError(f"no column 'wav' or 'path' (there are {', '.join(row) or 'none'}).")
         if "caption" not in row and "captions" not in row:
             raise ValueError(f"no column 'caption' or 'captions' (there are {', '.join(row)}).")
-        captions = [row["caption"]] * ("caption" in row) + list(row.get("captions", ()))
+        captions = [*([row["caption"]] if "caption" in row else []), *row.get("captions", ())]
         captions = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
         if not captions or not all(captions):
             raise ValueError(f"the caption of {path} is empty.")

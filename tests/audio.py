@@ -41,6 +41,30 @@ def write_catalogue(folder: Path, num_clips: int = 8, sample_rate: int = 8000, s
     return file
 
 
+def write_bad(path: Path, name: str) -> None:
+    """A clip of 1.25 s at 32 kHz with what `name` says wrong with it; nothing at all for "missing"."""
+    audio = waveform(6, 40000, 32000)
+    if name == "text":
+        path.write_text("this is no audio at all\n" * 100)
+    elif name == "empty":
+        path.write_bytes(b"")
+    elif name == "header":
+        soundfile.write(path, audio, 32000)
+        path.write_bytes(path.read_bytes()[:30])
+    elif name == "folder":
+        path.mkdir()
+    elif name == "flac cut":
+        soundfile.write(path, audio, 32000, format="FLAC")
+        path.write_bytes(path.read_bytes()[:20000])
+    elif name in ("nan", "infinite"):
+        audio[::1000] = np.nan if name == "nan" else np.inf
+        soundfile.write(path, audio, 32000, subtype="FLOAT")
+    elif name == "silence":
+        soundfile.write(path, np.zeros(40000), 32000)
+    elif name == "0.3 s":
+        soundfile.write(path, audio[:9600], 32000)
+
+
 def small_settings(root: Path, catalogue: Path, **changes: Any) -> dict[str, Any]:
     """A config as plain data; `changes` are laid over its sections."""
     settings: dict[str, Any] = {

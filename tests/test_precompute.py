@@ -1,15 +1,19 @@
 """The command: the same bytes whoever makes them, in whatever order, however often interrupted."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
-from audio import open_dataset, small_config, tree, write_catalogue, write_config
+import soundfile
+from audio import open_dataset, small_config, tree, waveform, write_bad, write_catalogue, write_config
 
 from audiosep.precompute import main
 from shards.manifest import seal
@@ -169,6 +173,106 @@ def test_a_killed_process_fails_its_shard_and_the_others_go_on(tmp_path, catalog
     assert "shard-000002 failed: its process died with exit code -9" in process.stderr
     assert len(list((tmp_path / "root").glob("*.tar"))) == 5
     assert subprocess.run(command).returncode == 0
+    assert tree(tmp_path / "root") == expected
+
+
+def write_bad_catalogue(folder):
+    """Eight good clips, of odd rates and channels, under odd names; and one of each kind of bad ones."""
+    catalogue = write_catalogue(folder)
+    entries = json.loads(catalogue.read_text())["data"]
+    for sample_rate, channels in ((8000, 1), (96000, 1), (32000, 6)):
+        name = f"clips/ünï cödé {sample_rate} {channels}.wav"
+        soundfile.write(folder / name, waveform(sample_rate, sample_rate, sample_rate, channels), sample_rate)
+        entries.append({"wav": name, "caption": f"odd {sample_rate}"})
+    for name in ("missing", "text", "empty", "header", "nan", "silence", "0.3 s"):
+        write_bad(folder / f"clips/{name}.wav", name)
+        entries.append({"wav": f"clips/{name}.wav", "caption": f"bad {name}"})
+    catalogue.write_text(json.dumps({"data": entries}))
+    return catalogue
+
+
+def test_bad_clips_are_replaced_the_same_way_by_everyone_and_recorded(tmp_path):
+    catalogue = write_bad_catalogue(tmp_path / "audio")
+    config = configure(tmp_path, catalogue, max_rejected_fraction=1, check_files=False)
+    assert main(["--config", config]) == 0
+    assert main(["--config", config, "--root", str(tmp_path / "other"), "--num_processes", "2"]) == 0
+    assert tree(tmp_path / "root") == tree(tmp_path / "other")
+    manifest = seal(open_store(tmp_path / "root"))
+    assert manifest.num_samples == 36
+    assert set(manifest.rejected) == {"missing", "undecodable", "not finite", "silent", "short"}
+    records = [json.loads(file.read_text()) for file in sorted((tmp_path / "root").glob("shard-*.json"))]
+    rejected = [entry for record in records for entry in record["rejected"]]
+    assert {entry["clip"] for entry in rejected if entry["source"] == 0} == {
+        f"clips/{name}.wav" for name in ("missing", "text", "empty", "header", "nan", "silence", "0.3 s")
+    }
+    for entry in rejected:
+        with tarfile.open(tmp_path / f"root/shard-{int(entry['sample']) // 4:06d}.tar") as tar:
+            text = json.load(tar.extractfile(f"{entry['sample']}.json"))
+        used = {source["clip"] for source in (text["target"], *text["interferers"])}
+        assert entry["clip"] not in used
+        others = [
+            other for other in rejected if other["sample"] == entry["sample"] and other["source"] == entry["source"]
+        ]
+        assert others[-1]["replaced_by"] in used
+
+
+def test_too_many_rejections_fail_the_task_every_time_and_name_the_files(tmp_path):
+    config = configure(tmp_path, write_bad_catalogue(tmp_path / "audio"), check_files=False)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"more than max_rejected_fraction 0\.01: .*clips/.*\.wav \((missing|short)"
+        ):
+            main(["--config", config])
+
+
+def test_audio_that_is_elsewhere_commits_nothing(tmp_path, capsys):
+    catalogue = write_catalogue(tmp_path / "audio")
+    config = configure(tmp_path, catalogue, check_files=False)
+    shutil.rmtree(tmp_path / "audio" / "clips")
+    assert main(["--config", config]) == 3
+    assert "clips in a row were rejected" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["spec.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_failing_disk_fails_the_shard_and_leaves_nothing(tmp_path, catalogue, expected, monkeypatch, capsys, number):
+    """The 30th write of the run fails, once."""
+    config, writes, writev = configure(tmp_path, catalogue), iter(range(10**6)), os.writev
+
+    def failing(*arguments):
+        if next(writes) == 30:
+            raise OSError(number, os.strerror(number))
+        return writev(*arguments)
+
+    monkeypatch.setattr(os, "writev", failing)
+    assert main(["--config", config]) == 3
+    assert os.strerror(number) in capsys.readouterr().err
+    assert not list((tmp_path / "root").glob(".tmp*"))
+    assert main(["--config", config]) == 0
+    assert tree(tmp_path / "root") == expected
+
+
+def test_two_workers_on_one_shard_do_no_harm(tmp_path, catalogue, expected):
+    config = small_config(tmp_path / "root", catalogue, shards={"passes": 2})
+    inner, outer = open_dataset(config), open_dataset(config)
+    calls = iter(range(10**6))
+
+    def whole_shard_meanwhile():
+        if next(calls) == 2:
+            inner.render_shard(0, lambda: None)
+
+    outer.render_shard(0, whole_shard_meanwhile)
+    for index in range(1, 6):
+        outer.render_shard(index, lambda: None)
+    assert tree(tmp_path / "root") == expected
+
+
+def test_a_folder_deleted_under_a_worker_is_an_error_and_not_a_shard(tmp_path, catalogue, expected):
+    config = small_config(tmp_path / "root", catalogue, shards={"passes": 2})
+    dataset = open_dataset(config)
+    with pytest.raises(OSError, match="root"):
+        dataset.render_shard(0, lambda: shutil.rmtree(tmp_path / "root", ignore_errors=True))
+    assert main(["--config", configure(tmp_path, catalogue)]) == 0
     assert tree(tmp_path / "root") == expected
 
 

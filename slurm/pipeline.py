@@ -14,7 +14,7 @@ from pathlib import Path
 
 from slurm.job import STOPPED, Resources, check_resources, render, step
 from slurm.status import last_words
-from slurm.submit import Job, Run, max_array_size, move_dependents, read_plan, submit
+from slurm.submit import Job, Plan, Run, max_array_size, move_dependents, read_plan, submit
 
 
 def precompute(run: Run) -> list[Job]:
@@ -29,7 +29,8 @@ def precompute(run: Run) -> list[Job]:
     jobs: list[Job] = []
     for file, split in zip(files, splits):
         attempt = run.attempts(f"seal-{split}") + 1
-        jobs += render_round(run, file, split, attempt, run.config.precompute.max_rounds - 1)
+        plan = read_plan(run.config, file)
+        jobs += render_round(run, file, plan, split, attempt, run.config.precompute.max_rounds - 1)
     return jobs
 
 
@@ -81,15 +82,14 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     sealing = f"seal-{split}-{attempt + 1}"
     ids = {entry.name: entry.job_id for entry in run.submissions()}
     if sealing not in ids:
-        ids = submit(run, render_round(run, file, split, attempt + 1, rounds_left - 1))
+        ids = submit(run, render_round(run, file, plan, split, attempt + 1, rounds_left - 1))
     move_dependents(os.environ["SLURM_JOB_ID"], ids[sealing])
     print(f"{missing}: job {ids[sealing]} seals after another round.")
     return STOPPED
 
 
-def render_round(run: Run, file: Path, split: str, attempt: int, rounds_left: int) -> list[Job]:
+def render_round(run: Run, file: Path, plan: Plan, split: str, attempt: int, rounds_left: int) -> list[Job]:
     """The array over the unfinished shards (none when all are there), and the sealing job after it."""
-    plan = read_plan(run.config, file)
     name = f"seal-{split}-{attempt}"
     purpose = (
         f"Seals {plan.root} when all of its {plan.num_shards} shards are there.\n"

@@ -4,23 +4,17 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from slurm_lab import Cluster, processes, running_cluster
+from slurm_lab import Cluster, processes
 
 from slurm.__main__ import main
 from slurm.submit import Run
 
 STANDIN = shlex.join([sys.executable, str(Path(__file__).parent / "slurm_lab" / "standin.py")])
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    yield from running_cluster(tmp_path_factory.mktemp("lab"))
 
 
 def write_config(

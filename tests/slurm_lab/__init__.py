@@ -8,9 +8,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+T = TypeVar("T")
 SCRIPT = Path(__file__).parent / "cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "nsenter")
 
@@ -48,11 +50,13 @@ class Cluster:
         self.control("start", node)
         self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
-    def wait(self, what: str, holds: Callable[[], object], seconds: float) -> None:
+    def wait(self, what: str, ask: Callable[[], T], seconds: float) -> T:
+        """The first answer that is true, or not empty."""
         end = time.monotonic() + seconds
-        while not holds():
+        while not (answer := ask()):
             assert time.monotonic() < end, f"not within {seconds} s: {what}; jobs: {self.jobs()}"
             time.sleep(0.2)
+        return answer
 
     def wait_idle(self, seconds: float) -> None:
         """Until no job is waiting, running or ending."""
@@ -77,7 +81,8 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
         os.kill(pid, number)
 
 
-def running_cluster(folder: Path) -> Iterator[Cluster]:
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start the lab, make it the cluster that Slurm's commands talk to, and end it afterwards; skip where it can't run.
 
     In CI (environment variable CI) a lab that can't run is a failure."""
@@ -86,7 +91,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
     if reason and not os.environ.get("CI"):
         pytest.skip(f"a Slurm cluster needs the packages munge slurmctld slurmd slurm-client, and root: {reason}")
     assert not reason, reason
-    cluster = Cluster(folder)
+    cluster = Cluster(tmp_path_factory.mktemp("lab"))
     os.environ["SLURM_CONF"] = str(cluster.conf)
     try:
         cluster.control("up")

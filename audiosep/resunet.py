@@ -29,6 +29,10 @@ class ResUNetConfig:
     ] = (32, 64, 128, 256, 384, 384)
     condition_size: Annotated[int, Field(gt=0, description="values in a query's embedding")] = 512
     num_channels: Annotated[int, Field(gt=0, description="audio channels of mixture and estimate")] = 1
+    norm_momentum: Annotated[
+        float,
+        Field(gt=0, le=1, description="weight of a batch in the running statistics; runs below 1000 steps need more"),
+    ] = 0.01
 
     def __post_init__(self) -> None:
         for window_length in self.window_lengths:
@@ -52,7 +56,9 @@ class ResUNet30(nn.Module):
         self.base = UNet(config)
         self.film = FiLM(self.base, config.condition_size)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.momentum = config.norm_momentum
+            elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -87,7 +93,7 @@ class UNet(nn.Module):
         self.depth = len(config.widths)
         self.window_lengths = config.window_lengths
         for window_length in config.window_lengths:
-            norm = nn.BatchNorm1d(window_length // 2 + 1, momentum=0.01)
+            norm = nn.BatchNorm1d(window_length // 2 + 1)
             self.add_module(self.input_norm_name(window_length), norm)
         outer, inner = config.widths[0], config.widths[-1]
         self.pre_conv = nn.Conv2d(config.num_channels, outer, 1)
@@ -159,8 +165,8 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, in_width: int, out_width: int, scale: tuple[int, int]) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_width, momentum=0.01)
-        self.bn2 = nn.BatchNorm2d(in_width, momentum=0.01)  # in the released checkpoint, but never used
+        self.bn1 = nn.BatchNorm2d(in_width)
+        self.bn2 = nn.BatchNorm2d(in_width)  # in the released checkpoint, but never used
         self.conv1 = nn.ConvTranspose2d(in_width, out_width, scale, stride=scale, bias=False)
         self.conv_block2 = ConvBlock(2 * out_width, out_width)
 
@@ -174,8 +180,8 @@ class ConvBlock(nn.Module):
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_width, momentum=0.01)
-        self.bn2 = nn.BatchNorm2d(out_width, momentum=0.01)
+        self.bn1 = nn.BatchNorm2d(in_width)
+        self.bn2 = nn.BatchNorm2d(out_width)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
         if in_width != out_width:

@@ -136,18 +136,19 @@ class Failure(Exception):
 
 @dataclass
 class Version:
-    """The version of an object that its first piece came from, and all others must."""
+    """The version of an object that its first piece came from, and all others must; told by tag, or else by size."""
 
     tag: str | None = None
     size: int | None = None
 
     def check(self, body: Body, what: str) -> None:
-        for mine, its in ((self.tag, body.tag), (self.size, body.size)):
-            if None not in (mine, its) and mine != its:
-                raise TransferError(
-                    f"{what} was replaced while it was read: it was {self.tag} with {self.size} bytes and is "
-                    f"{body.tag} with {body.size}. Sealed shards never change; if this one was made again, start again."
-                )
+        tagged = self.tag is not None and body.tag is not None
+        mine, its = (self.tag, body.tag) if tagged else (self.size, body.size)
+        if None not in (mine, its) and mine != its:
+            raise TransferError(
+                f"{what} was replaced while it was read: it was {self.tag} with {self.size} bytes and is "
+                f"{body.tag} with {body.size}. Sealed shards never change; if this one was made again, start again."
+            )
         self.tag, self.size = self.tag or body.tag, body.size if self.size is None else self.size
 
 

@@ -1,0 +1,78 @@
+"""Epochs over a network that breaks: exact, or ended by an error that says so; never silently short, never hanging.
+
+`FAULTS=10000 pytest tests/test_faults.py` runs the longer mode."""
+
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lossy_proxy import LossyProxy
+from servers import BUCKET, HttpServer, S3Server
+from shard_data import make_data_set, make_sample
+
+from shards.batches import Batch
+from shards.copy import copy
+from shards.loader import ShardLoader
+from shards.reader import CorruptSampleError
+from shards.storage import StorageConfig, TransferError, open_store
+
+NUM_FAULTS = int(os.environ.get("FAULTS", "2000"))
+NUM_SAMPLES = 320
+SHAPES = {"stft_mixture.2048": (1, 60, 50), "stft_segment.2048": (1, 60, 50), "condition": (30,)}
+STATED = (TransferError, CorruptSampleError, PermissionError, FileNotFoundError)
+HASTY = StorageConfig(stall_seconds=0.25, backoff_seconds=0.001, retry_seconds=20.0, concurrency=24)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("faults") / "set"
+    make_data_set(root, NUM_SAMPLES, samples_per_shard=20, shapes=SHAPES)
+    return root
+
+
+def check(batch: Batch) -> None:
+    """Every value of a batch against what was written."""
+    for row, key in enumerate(batch.keys):
+        sample = make_sample(int(key), SHAPES)
+        assert batch.text[row] == sample.text
+        for name, array in sample.arrays.items():
+            np.testing.assert_array_equal(batch.arrays[name][row], array)
+
+
+@pytest.mark.timeout(3600 if NUM_FAULTS > 5000 else 200)
+@pytest.mark.parametrize("kind", ["http", "s3"])
+def test_random_faults_of_every_kind(root: Path, s3_server: S3Server, http_server: HttpServer, kind: str) -> None:
+    """Each epoch is taken up again after every error, from the loader's state, until it is whole."""
+    place = f"faults-{kind}"
+    if kind == "http":
+        upstream, options = http_server.url, HASTY
+        copy(open_store(root), open_store(http_server.files / place))
+    else:
+        upstream, options = s3_server.endpoint, replace(HASTY, endpoint=s3_server.endpoint, region="us-east-1")
+        copy(open_store(root), open_store(f"s3://{BUCKET}/{place}", options))
+    ends: Counter[str] = Counter()
+    with LossyProxy(int(upstream.rpartition(":")[2]), seed=11) as proxy:
+        if kind == "s3":
+            options = replace(options, endpoint=proxy.url)
+        loader = ShardLoader(f"{proxy.url}/{place}" if kind == "http" else f"s3://{BUCKET}/{place}", storage=options)
+        proxy.rate = 0.3
+        while proxy.counts.total() < NUM_FAULTS / 2:
+            epoch, seen = loader.epoch, list[int]()
+            while loader.epoch == epoch:
+                state = loader.state_dict()
+                try:
+                    for batch in loader:
+                        check(batch)
+                        seen += map(int, batch.keys)
+                        state = loader.state_dict()
+                    ends["whole"] += 1
+                except STATED as error:
+                    ends[re.findall("gave up at byte|shards verify|$", str(error))[0]] += 1
+                    loader.load_state_dict(state)
+            assert ends[""] == 0  # every error said so
+            assert sorted(seen) == list(range(NUM_SAMPLES))
+        print(f"{kind}: {dict(proxy.counts)} in {loader.epoch} epochs, which ended {dict(ends)}")

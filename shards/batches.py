@@ -87,13 +87,18 @@ class BufferRing:
         try:
             memory, last_use = self._free.popleft()
         except IndexError:
-            memory, last_use = torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=self._pinned).numpy(), None
+            memory, last_use = self._fresh(), None
         if last_use is not None:
             last_use.synchronize()
         view = memory[:]  # an object of its own, which the tensor keeps alive
         # The garbage collector calls this from whatever thread and line it interrupts: it may take no lock.
         weakref.finalize(view, self._give_back, memory).atexit = False
         return torch.from_numpy(view)
+
+    def _fresh(self) -> NDArray[np.uint8]:
+        if self._pinned:
+            return torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return np.empty(self._num_bytes, np.uint8)  # on huge pages, unlike torch's
 
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         last_use = torch.cuda.Event() if self._pinned else None

@@ -13,6 +13,8 @@ from shards.batches import Batch, Layout
 from shards.order import Draws, Integers
 from shards.reader import CorruptSampleError, SampleReader
 
+ROWS_AT_ONCE = 4  # that one thread takes, if there are enough for all
+
 
 class Filling:
     """A batch while its rows are being read."""
@@ -74,8 +76,8 @@ class ReadAhead:
         self._room = threading.Condition(lock)
         self._ready = threading.Condition(lock)
         self._begun: deque[Filling] = deque()
-        self._rows: Iterator[tuple[Filling, int]] = iter(())  # not yet given out, of the batch that was begun last
-        self._reading: dict[int, tuple[float, Filling, int]] = {}  # since when each thread reads what
+        self._shares: Iterator[tuple[Filling, range]] = iter(())  # not yet given out, of the batch that was begun last
+        self._reading: dict[int, tuple[float, Filling, range]] = {}  # since when each thread reads what
         self._failure: BaseException | None = None
         self._closed = False
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_threads)]
@@ -97,14 +99,16 @@ class ReadAhead:
         return filling
 
     def _check_progress(self) -> None:
-        for since, filling, row in list(self._reading.values()):
+        for since, filling, rows in list(self._reading.values()):
             seconds = time.monotonic() - since
             if seconds > self._timeout_seconds:
-                reader = self._readers[filling.draws.source[row]]
+                sources, samples = filling.draws.source[rows], filling.draws.sample[rows]
+                places = [
+                    self._readers[source].place(sample) for source, sample in zip(sources.tolist(), samples.tolist())
+                ]
                 raise TimeoutError(
-                    f"{reader.place(int(filling.draws.sample[row]))} has been read for {seconds:.0f} s, longer than "
-                    "read_timeout_seconds: the storage does not answer. Look at the file system or network, or allow "
-                    "more time."
+                    f"Reading has taken {seconds:.0f} s, more than read_timeout_seconds, at {', '.join(places)}: the "
+                    "storage does not answer. Look at the file system or network, or allow more time."
                 )
 
     def close(self) -> None:
@@ -118,18 +122,16 @@ class ReadAhead:
     def _work(self) -> None:
         try:
             fill = self._row_filler()
-            while job := self._next_row():
-                filling, row = job
-                self._reading[threading.get_ident()] = (time.monotonic(), filling, row)
+            while job := self._next_rows():
+                filling, rows = job
+                self._reading[threading.get_ident()] = (time.monotonic(), filling, rows)
                 try:
-                    fill(filling, row)
-                except CorruptSampleError as error:
-                    filling.damaged[row] = error
+                    fill(filling, rows)
                 except Exception as error:
                     filling.failure = error
                 del self._reading[threading.get_ident()]
                 with self._ready:
-                    filling.num_unread -= 1
+                    filling.num_unread -= len(rows)
                     if filling.num_unread == 0:
                         self._ready.notify()
         except BaseException as error:  # would end this thread in silence while the consumer waits
@@ -137,36 +139,57 @@ class ReadAhead:
                 self._failure = error
                 self._ready.notify()
 
-    def _next_row(self) -> tuple[Filling, int] | None:
-        """The next row to read, once there is room for its batch; None when there are no more."""
+    def _next_rows(self) -> tuple[Filling, range] | None:
+        """The next rows to read, once there is room for their batch; None when there are no more."""
         with self._room:
             while not self._closed:
-                if job := next(self._rows, None):
+                if job := next(self._shares, None):
                     return job
                 if len(self._begun) < self._num_ahead:
                     filling = next(self._empty, None)
                     if filling is None:
                         return None
                     self._begun.append(filling)
-                    self._rows = ((filling, row) for row in range(len(filling.keys)))
+                    self._shares = self._shared_out(filling)
                 else:
                     self._room.wait()
         return None
 
-    def _row_filler(self) -> Callable[[Filling, int], None]:
-        """A function that reads one row of a batch; each thread has its own, with its own scratch memory."""
-        scratch = memoryview(bytearray(max(reader.scratch_bytes for reader in self._readers)))
-        stored = Layout(self._readers[0].fields, 1)
-        narrow = torch.empty(stored.num_bytes, dtype=torch.uint8)
-        narrow_rows, narrow_tensors = stored.rows(narrow.numpy())[0], stored.tensors(narrow)
+    def _shared_out(self, filling: Filling) -> Iterator[tuple[Filling, range]]:
+        """The rows of a batch in shares for the threads, each from one source."""
+        size, sources = len(filling.keys), filling.draws.source
+        most = max(1, min(ROWS_AT_ONCE, size // len(self._threads)))
+        if self._widens(filling):
+            most = 1  # a sample still is in the processor's caches when it is widened
+        start = 0
+        for row in range(1, size + 1):
+            if row == size or row - start == most or sources[row] != sources[start]:
+                yield filling, range(start, row)
+                start = row
 
-        def fill(filling: Filling, row: int) -> None:
-            reader = self._readers[filling.draws.source[row]]
-            widen = filling.fields != reader.fields
-            rows = narrow_rows if widen else filling.rows[row]
-            filling.keys[row], filling.text[row] = reader.read(int(filling.draws.sample[row]), rows, scratch)
+    def _widens(self, filling: Filling) -> bool:
+        return filling.fields != self._readers[0].fields
+
+    def _row_filler(self) -> Callable[[Filling, range], None]:
+        """A function that reads rows of a batch; each thread has its own, with its own scratch memory."""
+        scratch_bytes = max(reader.scratch_bytes for reader in self._readers)
+        scratches = [memoryview(bytearray(scratch_bytes)) for _ in range(ROWS_AT_ONCE)]
+        narrow = Layout(self._readers[0].fields, ROWS_AT_ONCE)
+        memory = torch.from_numpy(np.empty(narrow.num_bytes, np.uint8))
+        narrow_rows, narrow_tensors = narrow.rows(memory.numpy()), narrow.tensors(memory)
+
+        def fill(filling: Filling, rows: range) -> None:
+            reader = self._readers[filling.draws.source[rows[0]]]
+            widen = self._widens(filling)
+            targets = narrow_rows if widen else filling.rows[rows.start : rows.stop]
+            samples = filling.draws.sample[rows.start : rows.stop].tolist()
+            for row, result in zip(rows, reader.read(samples, targets, scratches)):
+                if isinstance(result, CorruptSampleError):
+                    filling.damaged[row] = result
+                else:
+                    filling.keys[row], filling.text[row] = result
             if widen:
                 for name, tensor in narrow_tensors.items():
-                    filling.tensors[name][row].copy_(tensor[0])
+                    filling.tensors[name][rows.start : rows.stop].copy_(tensor[: len(rows)])
 
         return fill

@@ -2,8 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -13,6 +13,8 @@ from shards.manifest import Manifest
 from shards.record import read_index
 from shards.storage import Store
 from shards.tar import BLOCK, MAX_TEXT_BYTES, Field, explain, frame, parse_head, parse_text
+
+T = TypeVar("T")
 
 READ_THROUGH_BYTES = 1 << 16  # a field this small is cheaper read and thrown away than skipped by another request
 INDEX_CACHE_BYTES = 64 << 20  # 2.8 million samples; beyond it a shard's index is fetched again when it is needed
@@ -77,23 +79,34 @@ class SampleReader:
         """Memory that `read` needs for what surrounds the tensors."""
         return BLOCK + MAX_TEXT_BYTES + BLOCK + self._header_bytes + self._around_bytes
 
-    def read(self, sample: int, rows: Sequence[memoryview], scratch: memoryview) -> tuple[str, dict[str, Any]]:
-        """Fill `rows`, one for the bytes of each of `self.fields`, and return the sample's key and text.
+    def read(
+        self, samples: Sequence[int], rows: Sequence[Sequence[memoryview]], scratches: Sequence[memoryview]
+    ) -> list[tuple[str, dict[str, Any]] | CorruptSampleError]:
+        """Fill the rows of some samples and return the key and text of each, or what is wrong with it.
 
-        `scratch`: `scratch_bytes` of memory that nobody else uses meanwhile.
-        Damage is read once more before it raises CorruptSampleError; the rows then hold anything. Other errors of the
-        storage (OSError) pass through."""
+        `rows`: for each sample the bytes of one row for each of `self.fields`. `scratches`: for each sample
+        `scratch_bytes` of memory that nobody else uses meanwhile. Damage is read once more before it counts; the rows
+        then hold anything. Other errors of the storage (OSError) are raised.
+
+        All are fetched before the first is looked at: copying megabytes drives the interpreter out of the processor's
+        caches, and coming back costs more than the checks themselves."""
+        extents = [
+            self._unless_damaged(self._fetch, sample, own, scratch)
+            for sample, own, scratch in zip(samples, rows, scratches)
+        ]
+        found = [
+            extent and self._unless_damaged(self._parse, extent, scratch) for extent, scratch in zip(extents, scratches)
+        ]
+        return [
+            ok or self._read_again(sample, own, scratch)
+            for ok, sample, own, scratch in zip(found, samples, rows, scratches)
+        ]
+
+    def _unless_damaged(self, step: Callable[..., T], *arguments: Any) -> T | None:
         try:
-            return self._read(sample, rows, scratch)
+            return step(*arguments)
         except _DAMAGE:
-            self.store.forget(f"{self.manifest.shard_name(self._locate(sample)[0])}.tar")
-            try:
-                return self._read(sample, rows, scratch)
-            except _DAMAGE as error:
-                raise CorruptSampleError(
-                    f"{self.place(sample)}: {error}. Check the data set with `shards verify {self.manifest.url}` and "
-                    "make the shard again, or go on without such samples with on_corrupt: skip."
-                ) from error
+            return None
 
     def place(self, sample: int) -> str:
         """Where a sample stands, for people."""
@@ -103,7 +116,20 @@ class SampleReader:
     def _locate(self, sample: int) -> tuple[int, int]:
         return divmod(sample, self.manifest.plan.samples_per_shard)
 
-    def _read(self, sample: int, rows: Sequence[memoryview], scratch: memoryview) -> tuple[str, dict[str, Any]]:
+    def _read_again(
+        self, sample: int, rows: Sequence[memoryview], scratch: memoryview
+    ) -> tuple[str, dict[str, Any]] | CorruptSampleError:
+        self.store.forget(f"{self.manifest.shard_name(self._locate(sample)[0])}.tar")
+        try:
+            return self._parse(self._fetch(sample, rows, scratch), scratch)
+        except _DAMAGE as error:
+            return CorruptSampleError(
+                f"{self.place(sample)}: {error}. Check the data set with `shards verify {self.manifest.url}` and make "
+                "the shard again, or go on without such samples with on_corrupt: skip."
+            )
+
+    def _fetch(self, sample: int, rows: Sequence[memoryview], scratch: memoryview) -> tuple[str, int, int]:
+        """Read a sample's bytes into rows and scratch; returns where they stand: name, offset and size."""
         shard, row = self._locate(sample)
         name = f"{self.manifest.shard_name(shard)}.tar"
         offset, size, checksum = self._index(shard)[row].tolist()
@@ -119,9 +145,13 @@ class SampleReader:
                 state.update(buffer)
             if state.intdigest() != checksum:
                 raise ValueError(f"its bytes have the checksum {state.hexdigest()} and not {checksum:016x}")
+        return name, offset, size
+
+    def _parse(self, extent: tuple[str, int, int], scratch: memoryview) -> tuple[str, dict[str, Any]]:
+        """Key and text of a sample from what surrounds its tensors, all of which is compared with the format."""
         key, text_size = parse_head(scratch)
-        if not self._is_framed(key, text_size, head_bytes, scratch):
-            raise ValueError(self._explain(name, offset, size))
+        if not self._is_framed(key, text_size, extent[2] - self._rest_bytes, scratch):
+            raise ValueError(self._explain(*extent))
         return key, parse_text(scratch[BLOCK : BLOCK + text_size])
 
     def _scatter(
@@ -152,7 +182,7 @@ class SampleReader:
         pieces = frame(key, text_size, self.manifest.fields)
         places = [(0, 0), (1, BLOCK + text_size), *((piece, head_bytes + place) for piece, place in self._pieces)]
         return len(pieces[1]) == head_bytes - BLOCK - text_size and all(
-            scratch[place : place + len(pieces[piece])] == pieces[piece] for piece, place in places
+            bytes(scratch[place : place + len(pieces[piece])]) == pieces[piece] for piece, place in places
         )
 
     def _explain(self, name: str, offset: int, size: int) -> str:

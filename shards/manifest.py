@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from shards.record import FORMAT_VERSION, OtherSpecError, Record, complete_record, explain_invalid
+from shards.record import FORMAT_VERSION, OtherSpecError, Record, complete_record, explain_invalid, read_index
 from shards.storage import StorageConfig, Store, open_store
 from shards.tar import Field, canonical_json
 
@@ -286,6 +286,17 @@ class Manifest:
     def index_checksum(self, index: int) -> str:
         """xxh3-64 of the shard's index file, as in its record."""
         return f"{self.index_checksums[index]:016x}"
+
+    def read_index(self, store: Store, index: int) -> NDArray[np.uint64]:
+        """The index of a shard, if it is the one that was sealed; see `record.read_index`."""
+        return read_index(
+            store,
+            self.shard_name(index),
+            num_samples=len(self.plan.samples(index)),
+            num_bytes=self.num_bytes(index),
+            checksum=self.index_checksum(index),
+            fields=self.fields,
+        )
 
 
 def load_manifest(source: str | os.PathLike[str] | Store, options: StorageConfig | None = None) -> Manifest:

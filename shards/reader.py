@@ -10,7 +10,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.manifest import Manifest
-from shards.record import read_index
 from shards.storage import Store
 from shards.tar import BLOCK, MAX_TEXT_BYTES, Field, explain, frame, parse_head, parse_text
 
@@ -198,8 +197,7 @@ class SampleReader:
             if shard in self._indices:
                 self._indices.move_to_end(shard)
                 return self._indices[shard]
-        name, num_samples = self.manifest.shard_name(shard), len(self.manifest.plan.samples(shard))
-        index = read_index(self.store, name, num_samples, self.manifest.index_checksum(shard))
+        index = self.manifest.read_index(self.store, shard)
         with self._lock:
             self._indices[shard] = index
             while len(self._indices) * index.nbytes > INDEX_CACHE_BYTES:

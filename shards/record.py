@@ -1,6 +1,6 @@
 """What a complete shard says of itself: the record, `<shard>.json`, and the index, `<shard>.idx.npy`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from shards.storage import Store
-from shards.tar import Field, npy_header
+from shards.tar import END, MAX_TEXT_BYTES, Field, frame, npy_header
 
 FORMAT_VERSION = 1
 
@@ -38,6 +38,17 @@ class Record:
     @property
     def index_bytes(self) -> int:
         return len(_index_header(self.num_samples)) + self.num_samples * 24
+
+    def read_index(self, store: Store) -> NDArray[np.uint64]:
+        """The shard's index, if it is the one that this record speaks of; see `read_index`."""
+        return read_index(
+            store,
+            self.shard,
+            num_samples=self.num_samples,
+            num_bytes=self.num_bytes,
+            checksum=self.index_checksum,
+            fields=self.fields,
+        )
 
 
 _RECORD = TypeAdapter(Record)
@@ -98,10 +109,14 @@ def _index_header(num_samples: int) -> bytes:
     return npy_header(np.dtype("<u8"), (num_samples, 3))
 
 
-def read_index(store: Store, name: str, num_samples: int, checksum: str) -> NDArray[np.uint64]:
-    """The index of shard `name`, uint64 [num_samples, 3], with the xxh3-64 that record and manifest give for its file.
+def read_index(
+    store: Store, name: str, *, num_samples: int, num_bytes: int, checksum: str, fields: Sequence[Field]
+) -> NDArray[np.uint64]:
+    """The index of shard `name`, uint64 [num_samples, 3]; what it must fit is what record or manifest say of the shard:
+    samples and bytes of the tar, xxh3-64 of the index file, and fields.
 
-    Raises FileNotFoundError or ValueError if it is not there or not that one."""
+    Raises FileNotFoundError if it is not there, ValueError if it is not that one or its samples, each of a possible
+    size, do not follow one another from the tar's first byte to its end."""
     data = store.read(f"{name}.idx.npy")
     found, header = xxhash.xxh3_64_hexdigest(data), _index_header(num_samples)
     if found != checksum or data[: len(header)] != header or len(data) != len(header) + num_samples * 24:
@@ -109,4 +124,13 @@ def read_index(store: Store, name: str, num_samples: int, checksum: str) -> NDAr
             f"{store.url}/{name}.idx.npy has checksum {found} and {len(data)} bytes; expected checksum {checksum} and "
             f"{len(header) + num_samples * 24} bytes, the index of {num_samples} samples"
         )
-    return np.frombuffer(data, "<u8", offset=len(header)).reshape(-1, 3)
+    entries = np.frombuffer(data, "<u8", offset=len(header)).reshape(-1, 3)
+    least = sum(map(len, frame("key", 0, fields))) + sum(field.num_bytes for field in fields)
+    sizes, ends = entries[:, 1], np.cumsum(entries[:, 1])
+    if not (
+        least <= int(sizes.min()) <= int(sizes.max()) <= least + MAX_TEXT_BYTES
+        and entries[:, 0].tolist() == [0, *ends[:-1].tolist()]
+        and int(ends[-1]) + len(END) == num_bytes
+    ):
+        raise ValueError(f"{store.url}/{name}.idx.npy does not divide the tar into {num_samples} samples of its fields")
+    return entries

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.manifest import Manifest, Plan, load_manifest, read_plan
-from shards.record import Record, complete_record, key_digest, read_index
+from shards.record import Record, complete_record, key_digest
 from shards.storage import Store
-from shards.tar import END, MAX_TEXT_BYTES, Sample, decode, frame
+from shards.tar import END, Sample, decode
 
 READ_BYTES = 8 << 20  # samples are read so many bytes at a time, or one by one where they are larger
 
@@ -85,9 +85,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int,
         _expect("fields, by the manifest,", record.fields, manifest.fields)
         _expect("checksum, by the manifest,", record.checksum, manifest.checksum(index))
         _expect("index checksum, by the manifest,", record.index_checksum, manifest.index_checksum(index))
-    entries = read_index(store, name, record.num_samples, record.index_checksum)
-    if not _divides(entries, record):
-        raise ValueError(f"the index does not divide the tar into {record.num_samples} samples of its fields")
+    entries = record.read_index(store)
     whole, keys = xxhash.xxh3_64(), []
     for first, data in _runs(store, name, entries, buffers):
         whole.update(data)
@@ -111,17 +109,6 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int,
 def _expect(what: str, found: object, expected: object) -> None:
     if found != expected:
         raise ValueError(f"the {what} is {found} and should be {expected}")
-
-
-def _divides(entries: NDArray[np.uint64], record: Record) -> bool:
-    """Whether the samples follow one another from the tar's first byte to its end, each of a possible size."""
-    least = sum(map(len, frame("key", 0, record.fields))) + sum(field.num_bytes for field in record.fields)
-    sizes, ends = entries[:, 1], np.cumsum(entries[:, 1])
-    return (
-        least <= int(sizes.min()) <= int(sizes.max()) <= least + MAX_TEXT_BYTES
-        and entries[:, 0].tolist() == [0, *ends[:-1].tolist()]
-        and int(ends[-1]) + len(END) == record.num_bytes
-    )
 
 
 def _runs(
@@ -159,7 +146,7 @@ def read_sample(store: Store, manifest: Manifest, index: int) -> Sample:
         raise ValueError(f"{manifest.url} has samples 0 to {manifest.num_samples - 1}, not {index}.")
     shard, row = divmod(index, manifest.plan.samples_per_shard)
     name = manifest.shard_name(shard)
-    entries = read_index(store, name, len(manifest.plan.samples(shard)), manifest.index_checksum(shard))
+    entries = manifest.read_index(store, shard)
     offset, size, checksum = entries[row].tolist()
     data = memoryview(bytearray(size))
     store.read_range(f"{name}.tar", offset, [data])

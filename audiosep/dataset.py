@@ -17,7 +17,7 @@ from audiosep.recipes import Recipe, Recipes, Source
 from audiosep.samples import Encoder, Rendered
 from audiosep.stft import Precision, Representation, StftConfig
 from shards.manifest import SPEC, Plan, bind, read_plan, survey
-from shards.record import OtherSpecError, Record, complete_record
+from shards.record import Record, examine
 from shards.storage import StorageConfig, Store, open_store
 from shards.tar import Sample
 from shards.writer import write_shard
@@ -146,7 +146,8 @@ class Dataset:
             self.store.sweep()
             found: Iterator[Record | str] = survey(self.store, self.plan)
         else:
-            found = map(self._complete_record, share)
+            names = map(self.plan.shard_name, share)
+            found = (examine(self.store, name, self.plan.spec_digest, self.store.size) for name in names)
         unfinished, tally = [], Tally()
         for index, record in zip(share, found, strict=True):
             if isinstance(record, Record):
@@ -154,14 +155,6 @@ class Dataset:
             else:
                 unfinished.append(index)
         return unfinished, tally
-
-    def _complete_record(self, index: int) -> Record | str:
-        try:
-            return complete_record(self.store, self.plan.shard_name(index), self.plan.spec_digest, self.store.size)
-        except OtherSpecError:
-            raise
-        except (FileNotFoundError, ValueError) as error:
-            return str(error)
 
     def render_shard(self, index: int, before_sample: Callable[[], None]) -> Record:
         """Write shard `index`; `before_sample` is called before each of its samples and may raise to stop.

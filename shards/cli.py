@@ -5,14 +5,14 @@ import importlib
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from shards.manifest import (
+    MANIFEST,
     IncompleteError,
     Manifest,
     format_ranges,
@@ -22,7 +22,8 @@ from shards.manifest import (
     seal,
     survey,
 )
-from shards.storage import Store, open_store
+from shards.storage import StorageConfig, Store, open_store
+from shards.writer import discard
 
 COMMANDS = {
     "seal": ("shards.cli", "check that every shard is complete and write manifest.json"),
@@ -33,7 +34,6 @@ COMMANDS = {
     "cat": ("shards.cli", "one sample as a tar, or one of its members, to stdout"),
 }
 BAD_SHARDS = 3
-REPAIR_CONFIG = "config.yaml"  # beside the shards: what `audiosep precompute` made them with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,14 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"shards {command}", description=f"{COMMANDS[command][1].capitalize()}.")
     parser.add_argument("root", metavar="ROOT", help="folder or URL of the shards")
+    parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     return parser
+
+
+def _open(options: argparse.Namespace) -> Store:
+    return open_store(options.root, TypeAdapter(StorageConfig).validate_json(options.options))
 
 
 def seal_command(arguments: Sequence[str]) -> int:
     parser = _parser("seal")
     parser.add_argument("--threads", type=int, help="records read at once (default: enough to hide the latency)")
     options = parser.parse_args(arguments)
-    print(_summary(seal(open_store(options.root), options.threads)))
+    print(_summary(seal(_open(options), options.threads)))
     return 0
 
 
@@ -83,38 +88,37 @@ def verify_command(arguments: Sequence[str]) -> int:
     parser = _parser("verify")
     parser.add_argument("--shards", metavar="3,17,40-52", help="only these (default: all)")
     parser.add_argument("--threads", type=int, help="shards read at once (default: one for each core, more in buckets)")
-    parser.add_argument("--repair", action="store_true", help="delete and precompute bad shards, seal and verify again")
+    parser.add_argument(
+        "--repair", metavar="CONFIG", help="make bad shards again by this config of audiosep precompute"
+    )
     options = parser.parse_args(arguments)
-    store = open_store(options.root)
+    store = _open(options)
     report = verify(store, parse_ranges(options.shards) if options.shards else None, options.threads)
     if report.bad and options.repair:
         print(report)
-        if status := _repair(store, list(report.bad)):
+        if status := _repair(store, list(report.bad), options.repair):
             return status
         report = verify(store, list(report.bad), options.threads)
     print(report)
     if report.bad:
-        print(f"Make them again: shards verify {store.url} --shards {format_ranges(list(report.bad))} --repair")
+        ranges = format_ranges(list(report.bad))
+        print(f"Make them again: shards verify {store.url} --shards {ranges} --repair CONFIG", file=sys.stderr)
     return BAD_SHARDS if report.bad else 0
 
 
-def _repair(store: Store, bad: Sequence[int]) -> int:
-    """Delete the bad shards and let `audiosep precompute` make them again; its exit status."""
-    from shards.writer import discard
+def _repair(store: Store, bad: Sequence[int], config: str) -> int:
+    """Delete the bad shards and let `audiosep precompute` make them again; its exit status.
 
-    config, plan = store.read(REPAIR_CONFIG), read_plan(store)
+    A sealed root is sealed again: where the same software runs on the same kind of processor, to the same digest."""
+    plan = read_plan(store)
     for index in bad:
         discard(store, plan.shard_name(index))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, REPAIR_CONFIG)
-        path.write_bytes(config)
-        command = ["-m", "audiosep.cli", "precompute", "--config", str(path), "--shards", format_ranges(bad)]
-        status = subprocess.run([sys.executable, *command], check=False).returncode
-    if not status and store.size("manifest.json") is not None:
-        before = load_manifest(store)
-        after = seal(store)
+    command = ["precompute", "--config", config, "--root", store.url, "--shards", format_ranges(bad)]
+    status = subprocess.run([sys.executable, "-m", "audiosep.cli", *command], check=False).returncode
+    if not status and store.size(MANIFEST) is not None:
+        before, after = load_manifest(store), seal(store)
         if after.digest != before.digest:
-            print(f"{store.url}: the shards' bytes have changed; the digest was {before.digest}, is {after.digest}")
+            print(f"{store.url}: the new shards have other bytes; the digest {before.digest} became {after.digest}.")
     return status
 
 
@@ -122,10 +126,10 @@ def info_command(arguments: Sequence[str]) -> int:
     parser = _parser("info")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
-    store = open_store(options.root)
+    store = _open(options)
     plan = read_plan(store)
     facts = {"url": store.url, **asdict(plan), "num_shards": plan.num_shards, "spec_digest": plan.spec_digest}
-    if store.size("manifest.json") is not None:
+    if store.size(MANIFEST) is not None:
         manifest = load_manifest(store)
         summary = _summary(manifest)
         num_bytes = int(manifest.tar_bytes.sum())
@@ -155,7 +159,7 @@ def show_command(arguments: Sequence[str]) -> int:
     from shards.verify import read_sample
 
     options = _sample_parser("show").parse_args(arguments)
-    store = open_store(options.root)
+    store = _open(options)
     manifest = load_manifest(store)
     sample = read_sample(store, manifest, options.sample)
     shard, row = divmod(options.sample, manifest.plan.samples_per_shard)
@@ -182,7 +186,7 @@ def cat_command(arguments: Sequence[str]) -> int:
     parser = _sample_parser("cat")
     parser.add_argument("member", nargs="?", help="such as json or condition.npy (default: all, as a tar)")
     options = parser.parse_args(arguments)
-    store = open_store(options.root)
+    store = _open(options)
     sample = read_sample(store, load_manifest(store), options.sample)
     data = b"".join([*encode(sample), END])
     if options.member:

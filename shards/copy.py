@@ -9,9 +9,8 @@ import xxhash
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from shards.cli import REPAIR_CONFIG
 from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, format_ranges, parse_manifest
-from shards.record import Record, read_index, read_record
+from shards.record import Record, read_record
 from shards.storage import StorageConfig, Store, open_store
 from shards.verify import verify
 
@@ -56,8 +55,6 @@ def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
             f"{shown}. Run the same command again to go on with them.",
             sorted(failed),
         )
-    if source.size(REPAIR_CONFIG) is not None:
-        target.write(REPAIR_CONFIG, source.read(REPAIR_CONFIG))
     target.write(MANIFEST, data)
     return manifest
 
@@ -94,7 +91,7 @@ def copy_shard(
                 f"{source.url}/{name}.tar has the checksum {state.hexdigest()} and its record says {record.checksum}: "
                 "check it with `shards verify`"
             )
-    read_index(source, name, record.num_samples, record.index_checksum)
+    record.read_index(source)
     for suffix in (".idx.npy", ".json"):
         target.write(f"{name}{suffix}", source.read(f"{name}{suffix}"))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from shards.record import FORMAT_VERSION, OtherSpecError, Record, complete_record, explain_invalid, read_index
+from shards.record import FORMAT_VERSION, Record, examine, explain_invalid, read_index
 from shards.storage import StorageConfig, Store, open_store
 from shards.tar import Field, canonical_json
 
@@ -123,12 +123,9 @@ def _survey_shard(store: Store, plan: Plan, index: int, sizes: Mapping[str, int]
     name = plan.shard_name(index)
     if f"{name}.json" not in sizes:
         return "not there"
-    try:
-        record = complete_record(store, name, plan.spec_digest, sizes.get)
-    except OtherSpecError:
-        raise
-    except (FileNotFoundError, ValueError) as error:
-        return str(error)
+    record = examine(store, name, plan.spec_digest, sizes.get)
+    if isinstance(record, str):
+        return record
     if record.num_samples != len(plan.samples(index)):
         return f"it has {record.num_samples} samples and not {len(plan.samples(index))}"
     return record

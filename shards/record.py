@@ -94,6 +94,18 @@ def complete_record(store: Store, name: str, spec_digest: str, size: Callable[[s
     return record
 
 
+def examine(store: Store, name: str, spec_digest: str, size: Callable[[str], int | None]) -> Record | str:
+    """The record of a shard if it is complete, otherwise what is wrong; `size` tells the bytes of a name in the store.
+
+    Raises OtherSpecError, because shards of two specs must not be mixed."""
+    try:
+        return complete_record(store, name, spec_digest, size)
+    except OtherSpecError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+
+
 def explain_invalid(error: ValidationError) -> str:
     """The first problem in a JSON file, in one line."""
     first = error.errors(include_url=False, include_input=False)[0]

@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.manifest import Manifest, Plan, load_manifest, read_plan
+from shards.manifest import MANIFEST, Manifest, Plan, load_manifest, read_plan
 from shards.record import Record, complete_record, key_digest
 from shards.storage import Store
 from shards.tar import END, Sample, decode
@@ -40,7 +40,7 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
     Checks records against spec and manifest, sizes, index, checksums, each sample's hash, headers, padding and JSON,
     and that keys are distinct. Memory is `num_threads` times the larger of READ_BYTES and the largest sample."""
     plan = read_plan(store)
-    manifest = load_manifest(store) if store.size("manifest.json") is not None else None
+    manifest = load_manifest(store) if store.size(MANIFEST) is not None else None
     if manifest and manifest.spec_digest != plan.spec_digest:
         raise ValueError(
             f"{store.url}: the manifest seals spec {manifest.spec_digest}, but the root is bound to {plan.spec_digest}."

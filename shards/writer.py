@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shards.record import FORMAT_VERSION, OtherSpecError, Record, complete_record, encode_index, key_digest
+from shards.record import FORMAT_VERSION, Record, encode_index, key_digest
 from shards.storage import Store
 from shards.tar import END, Field, Sample, canonical_json, encode
 
@@ -73,20 +73,6 @@ def write_shard(
 
 def _fields_of(sample: Sample, dtypes: Mapping[str, str]) -> tuple[Field, ...]:
     return tuple(Field.of(name, array, dtypes.get(name)) for name, array in sample.arrays.items())
-
-
-def is_complete(store: Store, name: str, spec_digest: str) -> bool:
-    """Whether the shard's record is there and its tar and index have the sizes that it says.
-
-    A record that cannot be read counts as none: the shard is made again. Raises OtherSpecError if it was made to
-    another spec, because shards of two specs must not be mixed."""
-    try:
-        complete_record(store, name, spec_digest, store.size)
-    except OtherSpecError:
-        raise
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 def discard(store: Store, name: str) -> None:

@@ -72,7 +72,7 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     if not plan.unfinished:
         status = subprocess.call([*shlex.split(run.config.shards), "seal", plan.root])
         if status == 0 and run.config.seal.verify:
-            status = subprocess.call([*shlex.split(run.config.shards), "verify", plan.root, "--repair"])
+            status = subprocess.call([*shlex.split(run.config.shards), "verify", plan.root, "--repair", str(file)])
         return status
     missing = f"{len(plan.unfinished)} of {plan.num_shards} shards of {plan.root} are missing"
     if not rounds_left:

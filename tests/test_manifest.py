@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from shard_sets import tree, write_one, write_set
 
 from shards.manifest import (
     IncompleteError,
@@ -22,7 +23,6 @@ from shards.manifest import (
 from shards.record import OtherSpecError
 from shards.storage import open_store
 from shards.tar import canonical_json
-from tests.shard_sets import tree, write_one, write_set
 
 
 def test_a_root_is_bound_to_one_spec(tmp_path):

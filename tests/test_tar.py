@@ -11,9 +11,9 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shard_sets import make_samples
 
 from shards.tar import END, MAX_TEXT_BYTES, Field, Sample, canonical_json, decode, encode, members, parse_npy
-from tests.shard_sets import make_samples
 
 dtypes = st.sampled_from(["bool", "int8", "uint16", "int64", "float16", "float32", "complex64"])
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from shard_sets import write_one, write_set
 
 from shards.manifest import bind, load_manifest, seal
 from shards.reader import CorruptSampleError, SampleReader
@@ -18,7 +19,6 @@ from shards.record import key_digest
 from shards.storage import open_store
 from shards.tar import BLOCK, END, MAX_TEXT_BYTES, canonical_json, members, npy_header
 from shards.verify import read_sample, verify
-from tests.shard_sets import write_one, write_set
 
 NAME, OTHER = "shard-000001", "shard-000002"  # the shard that is damaged, and a foreign one
 FILES = (f"{NAME}.tar", f"{NAME}.idx.npy", f"{NAME}.json")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shard_sets import make_samples, tree, write_one, write_set
 
 from shards.manifest import bind, load_manifest, seal
 from shards.record import OtherSpecError, Record, examine, read_record
@@ -19,7 +20,6 @@ from shards.storage import open_store
 from shards.tar import Field, Sample, decode
 from shards.verify import read_sample, verify
 from shards.writer import discard, write_shard
-from tests.shard_sets import make_samples, tree, write_one, write_set
 
 NAME = "shard-000000"
 

@@ -198,15 +198,16 @@ def _tokenizer(folder: Path, device: str, max_length: int) -> Callable[[str], Ma
 
 def _import_transformers() -> Any:
     try:
-        import torchaudio  # noqa: F401
-    except ImportError:
-        pass
-    except OSError:  # built for CUDA, beside a torch without: transformers would import it and fail, unless it's absent
-        sys.modules["torchaudio"] = None  # type: ignore[assignment]
-    try:
         import transformers
     except ImportError:
         raise ValueError("Query encoders need transformers: pip install 'audiosep-shards[train]'.") from None
+    try:
+        import torchaudio  # noqa: F401
+    except ImportError:
+        pass
+    except OSError:  # built for CUDA, beside a torch without: transformers would import it too, unless it seems absent
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+        transformers.utils.is_torchaudio_available.cache_clear()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 

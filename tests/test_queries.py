@@ -1,6 +1,7 @@
 """Encoders equal independent ways to the same embeddings, are named by their weights, and encode a caption once."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,14 @@ def test_each_distinct_caption_is_encoded_once_and_weights_are_loaded_late(tmp_p
     np.testing.assert_allclose(encoder.encode(["b", "a", "b", "b"]), [[0.6, 0.8]] * 4)
     encoder.encode(["a"])
     assert seen == ["loaded", "b", "a"]
+
+
+def test_a_broken_torchaudio_does_not_matter_even_when_transformers_has_seen_it() -> None:
+    script = (
+        "import transformers; transformers.utils.is_torchaudio_available();"
+        "from audiosep.queries import QueryConfig, make_encoder; print(make_encoder(QueryConfig()).encode(['a']).shape)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "(1, 384)\n"
 
 
 def test_identity_follows_the_weights(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ class ShardLoader:
                 f"An epoch of {self.num_samples} samples does not fill one batch of {self.config.batch_size} on each "
                 f"of {world_size} ranks: there would be no step. Use smaller batches, or repeat the data."
             )
+        self.num_threads = self.config.num_threads or max(reader.store.concurrency for reader in self._readers)
         self._layout = Layout(_served_fields(self._readers, self.config.float32), self.config.batch_size)
         self._prefetch = max(1, self.config.prefetch_bytes // self._layout.num_bytes)
         pinned = torch.cuda.is_available() if self.config.pin_memory == "auto" else self.config.pin_memory
@@ -180,11 +181,11 @@ class ShardLoader:
         epoch, start = self.epoch, self._samples
         num_batches = self._num_batches(start)
         if self._ledger:
-            place = {"rank": self.rank, "world_size": self.world_size, "batch_size": self.config.batch_size}
-            self._ledger.write({**self.state_dict(), **place, "time": time.time()})
+            own = {"rank": self.rank, "world_size": self.world_size, "time": time.time()}
+            shape = {name: getattr(self.config, name) for name in ("batch_size", "drop_last", "shuffle")}
+            self._ledger.write({**self.state_dict(), **own, **shape})
         empty = self._empty_batches(epoch, start, num_batches)
-        num_threads = self.config.num_threads or max(reader.store.concurrency for reader in self._readers)
-        ahead = ReadAhead(self._readers, empty, num_threads, self._prefetch, self.config.read_timeout_seconds)
+        ahead = ReadAhead(self._readers, empty, self.num_threads, self._prefetch, self.config.read_timeout_seconds)
         try:
             for step in range(1, num_batches + 1):
                 started = time.perf_counter()

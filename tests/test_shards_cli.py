@@ -5,15 +5,18 @@ import json
 import subprocess
 import sys
 import tarfile
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from audio import write_catalogue, write_config
 from shard_sets import make_samples, tree, write_one, write_set
 
 from audiosep.precompute import main as precompute
 from shards.cli import main
-from shards.manifest import seal
+from shards.manifest import load_manifest, seal
 from shards.storage import open_store
 
 
@@ -118,3 +121,29 @@ def test_verify_repairs_only_the_bad_shards(tmp_path, capfd):
     (root / "shard-000003.tar").write_bytes(b"")
     assert main(["verify", str(root), "--repair", config]) != 0
     assert main(["verify", str(root), "--shards", "0-2"]) == 0
+
+
+def test_the_code_in_the_format_page_reads_a_data_set(root, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    monkeypatch.chdir(root)
+    single, whole = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    found: dict = {}
+    exec(single, found)
+    sample = next(make_samples([5]))
+    assert found["text"] == sample.text
+    for name, array in sample.arrays.items():
+        np.testing.assert_array_equal(found["tensors"][name], array, strict=True)
+    exec(whole, {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [f"{i:09d}" for i in range(10)]
+
+
+def test_digests_are_what_the_format_page_says(root):
+    manifest = json.loads((root / "manifest.json").read_bytes())
+    for number, name in enumerate(f"shard-{index:06d}" for index in range(3)):
+        record = json.loads((root / f"{name}.json").read_bytes())
+        assert record["spec_digest"] == sha256((root / "spec.json").read_bytes()).hexdigest()[:32]
+        assert manifest["plan"] == json.loads((root / "spec.json").read_bytes())
+        for file, column in ((f"{name}.tar", "checksum"), (f"{name}.idx.npy", "index_checksum")):
+            digits = xxhash.xxh3_64((root / file).read_bytes(), seed=0).hexdigest()
+            assert digits == record[column] == manifest["shards"][f"{column}s"][16 * number : 16 * number + 16]
+    assert load_manifest(root).digest == sha256((root / "manifest.json").read_bytes()).hexdigest()[:32]

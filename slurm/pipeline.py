@@ -41,7 +41,8 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
         raise ValueError("train.config is empty: name a config of `audiosep train`.")
     name = f"train-{run.attempts('train') + 1}"
     settings = run.folder / f"{name}.yaml"
-    command = f"{config.audiosep} train --config {shlex.quote(str(settings))}"
+    world = '--trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"'
+    command = f"{config.audiosep} train --config {shlex.quote(str(settings))} {world}"
     body = [
         "# Every rank finds the others through the first node of the job.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',

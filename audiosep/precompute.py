@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     from audiosep.catalogue import read_catalogue
-    from audiosep.config import describe, load_config
+    from audiosep.config import describe, load_config, plain
     from audiosep.dataset import Dataset, PrecomputeConfig
     from shards.manifest import format_ranges, parse_ranges
 
@@ -101,7 +101,7 @@ def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     unfinished, tally = dataset.survey(share)
     if options.plan:
         facts = {"root": config.root, "num_shards": plan.num_shards, "unfinished": unfinished}
-        print(json.dumps(facts | {"spec_digest": plan.spec_digest}))
+        print(json.dumps(facts | {"spec_digest": plan.spec_digest, "storage": plain(config.storage)}))
         return DONE
     failures: dict[int, str] = {}
     total = sum(len(plan.samples(index)) for index in unfinished)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from slurm.job import STOPPED, Resources, check_resources, render, step
 from slurm.status import last_words
-from slurm.submit import Job, Plan, Run, max_array_size, move_dependents, read_plan, submit
+from slurm.submit import Job, Plan, Run, max_array_size, move_dependents, read_plan, shards_command, submit
 
 
 def precompute(run: Run) -> list[Job]:
@@ -60,7 +60,7 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
 def pipeline(run: Run) -> list[Job]:
     """Precompute every split, seal them, then train; training is cancelled by Slurm when sealing fails for good."""
     jobs = precompute(run)
-    return [*jobs, *train(run, [job.name for job in jobs if job.root])]
+    return [*jobs, *train(run, [job.name for job in jobs if job.plan])]
 
 
 def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
@@ -71,9 +71,9 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     file = run.folder / f"precompute-{split}-{attempt}.yaml"
     plan = read_plan(run.config, file)
     if not plan.unfinished:
-        status = subprocess.call([*shlex.split(run.config.shards), "seal", plan.root])
+        status = subprocess.call(shards_command(run.config, "seal", plan))
         if status == 0 and run.config.seal.verify:
-            status = subprocess.call([*shlex.split(run.config.shards), "verify", plan.root, "--repair", str(file)])
+            status = subprocess.call([*shards_command(run.config, "verify", plan), "--repair", str(file)])
         return status
     missing = f"{len(plan.unfinished)} of {plan.num_shards} shards of {plan.root} are missing"
     if not rounds_left:
@@ -99,7 +99,7 @@ def render_round(run: Run, file: Path, plan: Plan, split: str, attempt: int, rou
     words = [sys.executable, "-m", "slurm", "finish", str(run.folder), split, str(attempt), str(rounds_left)]
     settings = {f"precompute-{split}-{attempt}.yaml": file.read_text()}
     script = _script(run, name, purpose, run.config.seal, [shlex.join(words)])
-    seal = Job(name, script, settings, root=plan.root, unfinished=len(plan.unfinished))
+    seal = Job(name, script, settings, plan=plan)
     if not plan.unfinished:
         return [seal]
     array = _array(run, split, attempt, plan.unfinished)

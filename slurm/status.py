@@ -6,7 +6,6 @@ the last line that each script writes into its log; squeue, and sacct where it e
 import contextlib
 import json
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from slurm.job import STOPPED
-from slurm.submit import Run, Submission, command_output, slurm_command
+from slurm.submit import DataSet, Run, Submission, command_output, shards_command, slurm_command
 
 BAD_STATES = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
@@ -68,7 +67,7 @@ def read_status(run: Run) -> Status:
     submissions = run.submissions()
     newest = {entry.name.rpartition("-")[0]: entry for entry in submissions}
     states = _states([entry.job_id for entry in submissions])
-    data_sets = [_progress(run, entry) for entry in newest.values() if entry.root]
+    data_sets = [_progress(run, entry, entry.data_set) for entry in newest.values() if entry.data_set]
     stages, failures = [], []
     for entry in submissions:
         logs = {_task(log): log for log in run.log_folder.glob(f"{entry.name}-{entry.job_id}[._]*")}
@@ -103,16 +102,15 @@ def last_words(log_folder: Path, shard_indices: Iterable[int]) -> list[str]:
     return [*words.values()]
 
 
-def _progress(run: Run, entry: Submission) -> Progress:
-    words = [*shlex.split(run.config.shards), "info", entry.root, "--json"]
-    facts = json.loads(command_output(*words))
+def _progress(run: Run, entry: Submission, data_set: DataSet) -> Progress:
+    facts = json.loads(command_output(*shards_command(run.config, "info", data_set), "--json"))
     missing = [part.split("-") for part in facts.get("missing_shards", "").split(",") if part]
     left = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in missing)
-    rate = (entry.unfinished - left) / max(time.time() - entry.time, 1.0) * 3600
+    rate = (entry.num_unfinished - left) / max(time.time() - entry.time, 1.0) * 3600
     end = (
         datetime.fromtimestamp(time.time() + left / rate * 3600).isoformat(" ", "minutes") if left and rate > 0 else ""
     )
-    return Progress(entry.root, facts["num_shards"], facts["num_shards"] - left, left, rate, end)
+    return Progress(data_set.root, facts["num_shards"], facts["num_shards"] - left, left, rate, end)
 
 
 def _states(job_ids: list[str]) -> dict[str, str]:

@@ -9,18 +9,27 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from slurm.config import SlurmConfig, load_config, plain
 from slurm.job import check_script
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `audiosep precompute --plan` prints: `unfinished` are shard indices."""
+class DataSet:
+    """Where a data set is, and how that place is reached: the storage section of its config."""
 
     root: str
+    storage: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan(DataSet):
+    """What `audiosep precompute --plan` prints: `unfinished` are shard indices."""
+
     num_shards: int
     unfinished: list[int]
     spec_digest: str
@@ -30,26 +39,25 @@ class Plan:
 class Job:
     """One script and its place in a chain: it starts `when` (afterany, afterok) the jobs named in `after` have ended.
 
-    The data set's `root` and its number of shards `unfinished` at submission are for `status`."""
+    The plan of the data set that it makes is for `status`."""
 
     name: str
     script: str
     files: dict[str, str] = field(default_factory=dict)  # further files that the script reads, beside it
     after: tuple[str, ...] = ()
     when: str = "afterok"
-    root: str = ""
-    unfinished: int = 0
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One line of jobs.jsonl. `time` is in seconds since 1970."""
+    """One line of jobs.jsonl: when, in seconds since 1970, and how many shards of which data set were to be made."""
 
     job_id: str
     name: str
     time: float
-    root: str
-    unfinished: int
+    data_set: DataSet | None
+    num_unfinished: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ class Run:
     def submissions(self) -> list[Submission]:
         """Everything submitted from this folder so far, oldest first."""
         jobs = self.folder / "jobs.jsonl"
-        return [Submission(**json.loads(line)) for line in jobs.read_text().splitlines()] if jobs.exists() else []
+        lines = jobs.read_text().splitlines() if jobs.exists() else []
+        return [TypeAdapter(Submission).validate_json(line) for line in lines]
 
     def attempts(self, stem: str) -> int:
         """How many jobs named `stem`-1, `stem`-2, ... were submitted."""
@@ -84,6 +93,11 @@ def read_plan(config: SlurmConfig, file: Path) -> Plan:
     """The plan of one precompute config; ValueError with the command's own words when it refuses the config."""
     words = [*shlex.split(config.audiosep), "precompute", "--config", str(file), "--plan"]
     return Plan(**json.loads(command_output(*words)))
+
+
+def shards_command(config: SlurmConfig, verb: str, data_set: DataSet) -> list[str]:
+    """The words of `shards VERB` on a data set."""
+    return [*shlex.split(config.shards), verb, data_set.root, "--options", json.dumps(data_set.storage)]
 
 
 def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
@@ -105,7 +119,9 @@ def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
             waiting = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
             ids[job.name] = _sbatch(run.folder / f"{job.name}.sbatch", "--parsable", *waiting).split(";")[0]
             with (run.folder / "jobs.jsonl").open("a") as log:
-                entry = Submission(ids[job.name], job.name, time.time(), job.root, job.unfinished)
+                data_set = DataSet(job.plan.root, job.plan.storage) if job.plan else None
+                num_unfinished = len(job.plan.unfinished) if job.plan else 0
+                entry = Submission(ids[job.name], job.name, time.time(), data_set, num_unfinished)
                 log.write(json.dumps(asdict(entry)) + "\n")
     except BaseException:
         for job_id in ids.values():

@@ -71,6 +71,7 @@ def test_the_plan_names_what_is_missing_and_makes_nothing(tmp_path, catalogue, c
         "num_shards": 6,
         "unfinished": [0, 2, 3, 5],
         "spec_digest": plan["spec_digest"],
+        "storage": plan["storage"],
     }
     assert tree(tmp_path / "root") == before
 

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from slurm_lab import Cluster, kill, processes
 from audiosep.cli import main as audiosep
 from shards.cli import main as shards
 from shards.manifest import load_manifest
-from shards.storage import open_store
+from shards.storage import StorageConfig, Store, open_store
 from shards.verify import read_sample
 from slurm.__main__ import main
 from slurm.submit import Run
@@ -59,10 +60,13 @@ def running(cluster: Cluster, array: str) -> dict[str, str]:
     return {task: node for task, (state, node) in jobs if task.startswith(f"{array}_") and state == "RUNNING"}
 
 
-def trouble(cluster: Cluster, array: str, root: str) -> None:
-    """kill -9, requeue, preemption and a power loss, once shards are being written."""
-    store = open_store(root)
+def trouble(cluster: Cluster, array: str, store: Store) -> None:
+    """kill -9, requeue, preemption, a power loss and a rotten bit, once shards are being written."""
     cluster.wait("the first shards", lambda: len([*store.list("shard-")]) > 6, 90)
+    name = next(name for name, _ in store.list("shard-") if name.endswith(".json")).replace(".json", ".tar")
+    data = bytearray(store.read(name))
+    data[len(data) // 2] ^= 1
+    store.write(name, data)
     kill(processes(f"{sys.executable} -m audiosep.cli precompute", "--shards")[:1])
     tasks = cluster.wait("a task to requeue", lambda: running(cluster, array), 60)
     cluster.run("scontrol", "requeue", next(iter(tasks)))
@@ -81,19 +85,16 @@ def test_an_array_in_trouble_ends_sealed_with_the_same_bytes(
     expected: dict[str, bytes],
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    root = str(tmp_path / "root")
+    root, storage = str(tmp_path / "root"), StorageConfig()
     if place == "bucket":
         server: S3Server = request.getfixturevalue("s3_server")
-        root = f"s3://{BUCKET}/night"
-        for name, value in {"AWS_ENDPOINT_URL": server.endpoint, "AWS_REGION": "us-east-1"}.items():
-            monkeypatch.setenv(name, value)
-    settings = small_settings(Path("ROOT"), catalogue, shards=SHARDS) | {"root": root}
+        root, storage = f"s3://{BUCKET}/night", server.options
+    settings = small_settings(Path("ROOT"), catalogue, shards=SHARDS) | {"root": root, "storage": asdict(storage)}
+    store = open_store(root, storage)
     assert main(["precompute", "--config", write_run(tmp_path, settings)]) == 0
-    trouble(cluster, Run.open(tmp_path / "run").submissions()[0].job_id, root)
+    trouble(cluster, Run.open(tmp_path / "run").submissions()[0].job_id, store)
     cluster.wait_idle(240)
-    store = open_store(root)
     found = {name: store.read(name) for name, _ in store.list()}
     assert found.keys() == expected.keys()
     assert {name for name in found if found[name] != expected[name]} == set()

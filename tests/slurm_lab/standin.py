@@ -38,7 +38,11 @@ if "num_shards" not in config:
 files = [root / f"shard-{index:06d}" for index in range(config["num_shards"])]
 if sys.argv[4] == "--plan":
     unfinished = [index for index, file in enumerate(files) if not file.exists()]
-    print(json.dumps({"root": str(root), "num_shards": len(files), "unfinished": unfinished, "spec_digest": "0"}))
+    print(
+        json.dumps(
+            {"root": str(root), "num_shards": len(files), "unfinished": unfinished, "spec_digest": "0", "storage": {}}
+        )
+    )
     sys.exit(0)
 status = 0
 for index in map(int, sys.argv[5].split(",")):

@@ -13,7 +13,7 @@ from audiosep.clips import ClipConfig, Rejection, read_crop
 from audiosep.config import plain
 from audiosep.mixing import MixingConfig, mix
 from audiosep.queries import QueryConfig, make_encoder
-from audiosep.recipes import Recipe, Recipes, Source
+from audiosep.recipes import GROUP_TARGETS, Recipe, Recipes, Source
 from audiosep.samples import Encoder, Rendered
 from audiosep.stft import Precision, Representation, StftConfig
 from shards.manifest import SPEC, Plan, bind, read_plan, survey
@@ -196,12 +196,12 @@ class Dataset:
 
 
 class Renderer:
-    """Recipes to mixtures, in order. What the last recipe decoded is kept for the next one that needs it too."""
+    """Recipes to mixtures, in order. Crops are kept for as long as the recipes of their group need them."""
 
     def __init__(self, recipes: Recipes, config: PrecomputeConfig, rejected: list[dict[str, Any]]) -> None:
         """`rejected` receives an entry for each clip that could not be used: its reason, and what stood in."""
         self._recipes, self._config, self._rejected = recipes, config, rejected
-        self._crops: dict[tuple[int, float], tuple[np.ndarray, int]] = {}
+        self._crops: dict[tuple[int, float], tuple[np.ndarray, int]] = {}  # by clip and fraction, the oldest first
         self._last: Rendered | None = None
 
     def render(self, index: int) -> Rendered:
@@ -216,9 +216,8 @@ class Renderer:
         for slot in range(len(recipe.sources)):
             others = [*(source for source, _, _ in read), *recipe.sources[slot + 1 :]]
             read.append(self._read(recipe, slot, others))
-        self._crops = {(source.clip.number, source.fraction): (crop, offset) for source, crop, offset in read}
         sources, crops, offsets = zip(*read, strict=True)
-        mixed = mix(crops[0], np.stack(crops[1:]), recipe.gains_db, recipe.noise_gain_db)
+        mixed = mix(crops[0], crops[1:], recipe.gains_db, recipe.noise_gain_db)
         return Rendered(recipe, sources, offsets, mixed)
 
     def _read(self, recipe: Recipe, slot: int, others: Sequence[Source]) -> tuple[Source, np.ndarray, int]:
@@ -226,8 +225,7 @@ class Renderer:
         source = recipe.sources[slot]
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                kept = self._crops.get((source.clip.number, source.fraction))
-                return source, *(kept or read_crop(source.clip, source.fraction, self._config.clips))
+                return source, *self._read_crop(source)
             except Rejection as rejection:
                 bad, source = source, self._recipes.replacement(recipe, slot, others, attempt)
                 self._rejected.append(
@@ -244,3 +242,11 @@ class Renderer:
             f"Sample {recipe.index}: {MAX_REPLACEMENTS} clips in a row were rejected, {bad.clip.location} last "
             f"({self._rejected[-1]['reason']}: {self._rejected[-1]['detail']}). Is the audio where the catalogue says?"
         )
+
+    def _read_crop(self, source: Source) -> tuple[np.ndarray, int]:
+        key = source.clip.number, source.fraction
+        if key not in self._crops:
+            if len(self._crops) == 2 * GROUP_TARGETS:
+                del self._crops[next(iter(self._crops))]
+            self._crops[key] = read_crop(source.clip, source.fraction, self._config.clips)
+        return self._crops[key]

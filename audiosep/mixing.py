@@ -2,8 +2,9 @@
 
 Pure: every number is drawn before (recipes.py)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -31,37 +32,48 @@ class MixingConfig:
             )
 
 
-class Mixture(NamedTuple):
-    """A mixture and its parts, all float32; `mixture` = `segment` + the sum of `interferers` to rounding."""
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture and its parts, float32 [L] each: `mixture` is `segment` and all interferers added up, to rounding."""
 
-    mixture: np.ndarray  # [L]
-    segment: np.ndarray  # [L], the target as it is in the mixture
-    interferers: np.ndarray  # [n, L], each as it is in the mixture
+    mixture: np.ndarray
+    segment: np.ndarray  # the target as it is in the mixture
+    waveforms: Sequence[np.ndarray]  # the interferers as they were
+    scales: tuple[np.float32, ...]  # what each of these was multiplied by
     declip_scale: float  # 1 unless the mixture's peak was above 1
 
+    def interferer(self, number: int) -> np.ndarray:
+        """Interferer `number` as it is in the mixture."""
+        return self.scales[number] * self.waveforms[number]
 
-def mix(target: np.ndarray, interferers: np.ndarray, gains_db: tuple[int, ...], noise_gain_db: int) -> Mixture:
-    """Mix float32 waveforms `target` [L] and `interferers` [n, L].
+
+def mix(target: np.ndarray, interferers: Sequence[np.ndarray], gains_db: Sequence[int], noise_gain_db: int) -> Mixture:
+    """Mix waveforms, float32 [L] each.
 
     Each interferer is scaled to the target's energy, then by its gain; their sum once more the same way. If the
     mixture's peak exceeds 1, everything is scaled to a peak of 0.9."""
-    scaled = np.stack(
-        [
-            _scale_to(target, waveform, gain_db) * waveform
-            for waveform, gain_db in zip(interferers, gains_db, strict=True)
-        ]
-    )
-    noise = scaled.sum(axis=0)
-    noise_scale = _scale_to(target, noise, noise_gain_db)
-    mixture = target + noise_scale * noise
+    energy = _energy(target)
+    scales = [_scale(energy, waveform, gain_db) for waveform, gain_db in zip(interferers, gains_db, strict=True)]
+    noise = scales[0] * interferers[0]
+    for scale, waveform in zip(scales[1:], interferers[1:]):
+        noise += scale * waveform
+    noise_scale = _scale(energy, noise, noise_gain_db)
+    noise *= noise_scale
+    mixture = np.add(target, noise, out=noise)
     peak = float(max(mixture.max(), -mixture.min()))
-    declip_scale = np.float32(PEAK_AFTER_DECLIPPING / peak if peak > 1 else 1)
-    return Mixture(
-        mixture * declip_scale, target * declip_scale, scaled * (noise_scale * declip_scale), float(declip_scale)
-    )
+    if peak <= 1:
+        return Mixture(mixture, target, interferers, tuple(scale * noise_scale for scale in scales), 1.0)
+    declip_scale = np.float32(PEAK_AFTER_DECLIPPING / peak)
+    mixture *= declip_scale
+    scales = [scale * noise_scale * declip_scale for scale in scales]
+    return Mixture(mixture, target * declip_scale, interferers, tuple(scales), float(declip_scale))
 
 
-def _scale_to(reference: np.ndarray, waveform: np.ndarray, gain_db: int) -> np.float32:
-    """The factor that brings `waveform` to `gain_db` above the energy of `reference`, within the ratio's range."""
-    ratio = np.sqrt(np.mean(np.square(waveform)) / max(np.mean(np.square(reference)), ENERGY_FLOOR))
+def _energy(waveform: np.ndarray) -> float:
+    return float(np.mean(np.square(waveform)))
+
+
+def _scale(energy: float, waveform: np.ndarray, gain_db: int) -> np.float32:
+    """The factor that brings `waveform` to `gain_db` above `energy`, as far as the ratio's range allows."""
+    ratio = np.sqrt(_energy(waveform) / max(energy, ENERGY_FLOOR))
     return np.float32(10 ** (gain_db / 20) / np.clip(ratio, *RATIO_RANGE))

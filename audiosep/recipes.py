@@ -12,8 +12,9 @@ from audiosep.catalogue import Catalogue, Clip
 from audiosep.mixing import MixingConfig
 from shards.order import Permutation
 
-MAX_DRAWS = 10_000  # until a source that fits beside the others must have come
-TARGETS_AT_ONCE = 256  # permuted together: one alone takes nearly as long
+GROUP_TARGETS = 32  # consecutive targets that are one another's interferers
+MAX_GROUP_DRAWS = 100  # until an interferer is sought in the whole catalogue
+MAX_DRAWS = 10_000  # until one that fits must have come
 
 
 class Source(NamedTuple):
@@ -60,7 +61,9 @@ class Recipes:
     """The recipes of a data set.
 
     A pass visits each clip of a catalogue file `weight` times as a target, all files shuffled into one another: one
-    permutation of each file's clips for each of their rounds, one of the pass's places for each pass."""
+    permutation of each file's clips for each of their rounds, one of the pass's places for each pass. As in upstream's
+    batches, interferers are crops that other targets are made of: the targets of a group, which are a random choice
+    from the catalogue. So a crop is decoded once and used twice."""
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class Recipes:
         sizes = np.diff(catalogue.starts)
         places = [max(round(weight * size), 1) for weight, size in zip(catalogue.weights, sizes, strict=True)]
         self._place_starts = np.concatenate([[0], np.cumsum(places)])
-        self._block, self._block_clips = -1, np.empty(0, np.int64)
+        self._group, self._group_sources = -1, list[Source]()
 
     @property
     def targets_per_pass(self) -> int:
@@ -91,13 +94,12 @@ class Recipes:
     def __getitem__(self, index: int) -> Recipe:
         mixture, asked = divmod(index, self._sources_asked)
         target = mixture // self._mixtures_per_target
-        draws = Draws(self._seed, target, TARGET)
-        sources = [self._source(self._target_clip(target), draws)]
+        sources = [self._target(target)]
         draws = Draws(self._seed, mixture, MIXTURE)
         most = self._config.max_mix_num
         mix_num = most if self._sources_asked > 1 else 2 + draws.below(most - 1)
         while len(sources) < mix_num:
-            sources.append(self._fitting_source(sources, draws))
+            sources.append(self._interferer(target // GROUP_TARGETS, sources, draws))
         gains = [
             self._config.lower_db + draws.below(self._config.higher_db - self._config.lower_db + 1) for _ in sources
         ]
@@ -108,13 +110,15 @@ class Recipes:
         draws = Draws(self._seed, recipe.mixture, REPLACEMENT + attempt * self._config.max_mix_num + slot)
         return self._fitting_source(others, draws)
 
-    def _target_clip(self, target: int) -> int:
-        """The clip at place `target` of the endless sequence of passes."""
-        block, row = divmod(target, TARGETS_AT_ONCE)
-        if block != self._block:
-            self._block = block
-            self._block_clips = self._target_clips(np.arange(block * TARGETS_AT_ONCE, (block + 1) * TARGETS_AT_ONCE))
-        return int(self._block_clips[row])
+    def _target(self, place: int) -> Source:
+        """The target at a place of the endless sequence of passes."""
+        group, row = divmod(place, GROUP_TARGETS)
+        if group != self._group:
+            places = np.arange(group * GROUP_TARGETS, (group + 1) * GROUP_TARGETS)
+            draws = [Draws(self._seed, int(place), TARGET) for place in places]
+            self._group_sources = [self._source(int(c), d) for c, d in zip(self._target_clips(places), draws)]
+            self._group = group
+        return self._group_sources[row]
 
     def _target_clips(self, targets: np.ndarray) -> np.ndarray:
         pass_numbers, positions = np.divmod(targets, self.targets_per_pass)
@@ -133,20 +137,32 @@ class Recipes:
             clips[rows] += Permutation(size, (self._seed, 1, file, number))(positions[rows])
         return clips
 
+    def _interferer(self, group: int, others: Sequence[Source], draws: Draws) -> Source:
+        """A target of the same group, its crop included, if one fits; else any clip that does."""
+        for _ in range(MAX_GROUP_DRAWS):
+            source = self._target(group * GROUP_TARGETS + draws.below(GROUP_TARGETS))
+            if self._fits(source, others):
+                return source
+        return self._fitting_source(others, draws)
+
     def _fitting_source(self, others: Sequence[Source], draws: Draws) -> Source:
-        """A source that differs from each other one in clip, captions and (`distinct_kinds`) kind; files by weight."""
+        """A new crop of any clip, files by weight, that fits beside the others."""
         for _ in range(MAX_DRAWS):
             place = draws.below(self.targets_per_pass)
             file = int(np.searchsorted(self._place_starts, place, side="right")) - 1
             first, last = map(int, self._catalogue.starts[file : file + 2])
             source = self._source(first + draws.below(last - first), draws)
-            if not any(self._clash(source.clip, other.clip) for other in others):
+            if self._fits(source, others):
                 return source
         raise ValueError(
             f"{MAX_DRAWS} clips drawn and none fits beside {', '.join(repr(other.caption) for other in others)}: the "
             "sources of a mixture differ in captions and kinds. Lower mixing.max_mix_num, set mixing.distinct_kinds to "
             "false, or add clips."
         )
+
+    def _fits(self, source: Source, others: Sequence[Source]) -> bool:
+        """Whether it differs from all others in clip, captions and (`distinct_kinds`) kind."""
+        return not any(self._clash(source.clip, other.clip) for other in others)
 
     def _clash(self, one: Clip, other: Clip) -> bool:
         return (

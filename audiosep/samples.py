@@ -31,7 +31,7 @@ class Rendered:
     @property
     def segment(self) -> np.ndarray:
         """The target as it is in the mixture, float32 [L]."""
-        return self.mixed.segment if self.recipe.target == 0 else self.mixed.interferers[self.recipe.target - 1]
+        return self.mixed.segment if self.recipe.target == 0 else self.mixed.interferer(self.recipe.target - 1)
 
 
 class Encoder:

@@ -21,6 +21,7 @@ from shards.manifest import (
     read_plan,
     seal,
     survey,
+    unrecorded,
 )
 from shards.storage import StorageConfig, Store, open_store
 from shards.writer import discard
@@ -127,6 +128,7 @@ def _repair(store: Store, bad: Sequence[int], config: str) -> int:
 def info_command(arguments: Sequence[str]) -> int:
     parser = _parser("info")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--quick", action="store_true", help="count records by name instead of reading them")
     options = parser.parse_args(arguments)
     store = _open(options)
     plan = read_plan(store)
@@ -138,7 +140,10 @@ def info_command(arguments: Sequence[str]) -> int:
         fields = [asdict(field) for field in manifest.fields]
         facts |= {"digest": manifest.digest, "num_bytes": num_bytes, "fields": fields, "rejected": manifest.rejected}
     else:
-        missing = [index for index, found in enumerate(survey(store, plan)) if isinstance(found, str)]
+        if options.quick:
+            missing = list(unrecorded(store, plan))
+        else:
+            missing = [index for index, found in enumerate(survey(store, plan)) if isinstance(found, str)]
         facts["missing_shards"] = format_ranges(missing)
         summary = f"{store.url}: not sealed, {plan.num_shards - len(missing)} of {plan.num_shards} shards are complete"
     if options.json:

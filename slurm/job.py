@@ -112,8 +112,11 @@ def _resource_options(resources: Resources) -> Iterator[str]:
     yield from resources.extra
 
 
-def step(command: str, resources: Resources, environment: Environment, requeue_killed: bool = False) -> list[str]:
-    """Shell lines that run `command` as the job's tasks and requeue the job when they were stopped (or also killed).
+def step(
+    command: Sequence[str], resources: Resources, environment: Environment, requeue_killed: bool = False
+) -> list[str]:
+    """Shell lines that run `command`, in parts of a line each, as the job's tasks, and requeue the job when they were
+    stopped (or also killed).
 
     srun hands the warning signal to every task, and ends all of them within seconds when one dies: no rank waits for
     ever in a collective operation."""
@@ -129,7 +132,7 @@ def step(command: str, resources: Resources, environment: Environment, requeue_k
     if requeue_killed:
         again, reason = f'{{ {again} || [ "$status" -gt 128 ]; }}', f"{reason} Above 128: a task was killed."
     return [
-        " \\\n    ".join([*parts, command]),
+        " \\\n    ".join([*parts, *command]),
         "status=$?",
         'echo "ended with status $status (restart ${SLURM_RESTART_COUNT:-0})"',
         "",

@@ -16,6 +16,8 @@ from slurm.job import STOPPED, Resources, check_resources, render, step
 from slurm.status import last_words
 from slurm.submit import Job, Plan, Run, max_array_size, move_dependents, read_plan, shards_command, submit
 
+LONGEST_ARGUMENT = 128_000  # bytes; Linux takes 128 KiB
+
 
 def precompute(run: Run) -> list[Job]:
     """The first round for every config under `precompute.configs`."""
@@ -42,7 +44,7 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
     name = f"train-{run.attempts('train') + 1}"
     settings = run.folder / f"{name}.yaml"
     world = '--trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"'
-    command = f"{config.audiosep} train --config {shlex.quote(str(settings))} {world}"
+    command = [f"{config.audiosep} train --config {shlex.quote(str(settings))}", world]
     body = [
         "# Every rank finds the others through the first node of the job.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -109,20 +111,26 @@ def render_round(run: Run, file: Path, plan: Plan, split: str, attempt: int, rou
 def _array(run: Run, split: str, attempt: int, unfinished: list[int]) -> Job:
     config, name = run.config.precompute, f"precompute-{split}-{attempt}"
     num_tasks = min(config.max_tasks, len(unfinished), max_array_size() - 1)
-    shares = "".join(",".join(map(str, unfinished[task::num_tasks])) + "\n" for task in range(num_tasks))
+    shares = [",".join(map(str, unfinished[task::num_tasks])) for task in range(num_tasks)]
+    if len(shares[0]) > LONGEST_ARGUMENT:
+        raise ValueError(
+            f"{len(unfinished)} unfinished shards in {num_tasks} tasks give each more than a command line holds. Raise "
+            "precompute.max_tasks (within the cluster's MaxArraySize), or put more samples into a shard."
+        )
     purpose = (
         f"Renders {len(unfinished)} shards with {num_tasks} tasks: task N those on line N of the list,\n"
         "leaving out what is complete by then. Stopped, killed or run twice, it never leaves half a shard."
     )
     files = shlex.quote(str(run.folder / name))
-    command = f'{run.config.audiosep} precompute --config {files}.yaml --shards "$shards"'
+    share = f'--num_processes {config.cpus_per_task} --shards "$shards"'
+    command = [f"{run.config.audiosep} precompute --config {files}.yaml", share]
     body = [
-        f'shards=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {files}.txt)',
+        f'shards=$(sed "${{SLURM_ARRAY_TASK_ID}}q;d" {files}.txt)',
         *step(command, config, run.config.environment),
     ]
     limit = f"%{config.max_running}" if config.max_running else ""
     script = _script(run, name, purpose, config, body, f"1-{num_tasks}{limit}")
-    return Job(name, script, {f"{name}.txt": shares})
+    return Job(name, script, {f"{name}.txt": "\n".join(shares) + "\n"})
 
 
 def _script(run: Run, name: str, purpose: str, resources: Resources, body: list[str], array: str = "") -> str:

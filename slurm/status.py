@@ -65,6 +65,8 @@ class Status:
 def read_status(run: Run) -> Status:
     """Asks `shards info` once for each data set and the scheduler once for everything."""
     submissions = run.submissions()
+    if not submissions:
+        return Status([], [], [])
     newest = {entry.name.rpartition("-")[0]: entry for entry in submissions}
     states = _states([entry.job_id for entry in submissions])
     data_sets = [_progress(run, entry, entry.data_set) for entry in newest.values() if entry.data_set]
@@ -82,6 +84,8 @@ def read_status(run: Run) -> Status:
 
 def lines(status: Status) -> Iterator[str]:
     """The status for people."""
+    if not status.stages:
+        yield "Nothing was submitted from this run folder yet."
     for data in status.data_sets:
         rate = f", {data.rate:.0f} shards/h, done about {data.end}" if data.end else ""
         yield f"{data.root}: {data.done} of {data.num_shards} shards, {data.left} left{rate}"
@@ -103,7 +107,7 @@ def last_words(log_folder: Path, shard_indices: Iterable[int]) -> list[str]:
 
 
 def _progress(run: Run, entry: Submission, data_set: DataSet) -> Progress:
-    facts = json.loads(command_output(*shards_command(run.config, "info", data_set), "--json"))
+    facts = json.loads(command_output(*shards_command(run.config, "info", data_set), "--quick", "--json"))
     missing = [part.split("-") for part in facts.get("missing_shards", "").split(",") if part]
     left = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in missing)
     rate = (entry.num_unfinished - left) / max(time.time() - entry.time, 1.0) * 3600
@@ -116,7 +120,7 @@ def _progress(run: Run, entry: Submission, data_set: DataSet) -> Progress:
 def _states(job_ids: list[str]) -> dict[str, str]:
     """State of each task that Slurm still knows, by "job" or "array_task"."""
     rows = slurm_command("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T").splitlines()
-    with contextlib.suppress(ValueError):  # many clusters keep no accounting; where they do it lags, so squeue wins
+    with contextlib.suppress(ValueError):  # many clusters keep no accounting; where they do, it lags, so squeue wins
         rows = (
             slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(job_ids), "-o", "JobID,State").splitlines() + rows
         )

@@ -138,9 +138,13 @@ def show(jobs: Sequence[Job]) -> Iterator[str]:
 
 
 def max_array_size() -> int:
-    """The cluster's limit on an array's indices (the largest is one less)."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", slurm_command("scontrol", "show", "config"), re.MULTILINE)
-    return int(found[1]) if found else 1001
+    """The cluster's limit on an array's indices (the largest is one less); Slurm's default where no cluster answers."""
+    try:
+        return int(
+            re.findall(r"^MaxArraySize\s*=\s*(\d+)", slurm_command("scontrol", "show", "config"), re.MULTILINE)[0]
+        )
+    except ValueError:
+        return 1001
 
 
 def move_dependents(old_id: str, new_id: str) -> None:
@@ -153,20 +157,17 @@ def move_dependents(old_id: str, new_id: str) -> None:
 
 
 def slurm_command(*words: str) -> str:
-    """The output of one of Slurm's commands, freed of settings that leak in from the caller's shell or job.
-
-    Raises ValueError with the command's own words when it fails, and when there is no Slurm here."""
+    """The output of one of Slurm's commands, freed of settings that leak in from the caller's shell or job."""
     leaks = re.compile(r"SBATCH_|SRUN_|SQUEUE_|SCANCEL_|SLURM_(?!CONF$)")
-    environment = {key: value for key, value in os.environ.items() if not leaks.match(key)}
-    try:
-        return command_output(*words, environment=environment)
-    except FileNotFoundError:
-        raise ValueError(f"There is no {words[0]} here: run this on a login node of a Slurm cluster.") from None
+    return command_output(*words, environment={key: value for key, value in os.environ.items() if not leaks.match(key)})
 
 
 def command_output(*words: str, environment: dict[str, str] | None = None) -> str:
     """What a command prints. Raises ValueError with its own words of complaint when it fails."""
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise ValueError(f"There is no command {words[0]!r} on the PATH here.") from None
     if done.returncode:
         raise ValueError(f"`{shlex.join(words)}` failed with status {done.returncode}:\n{done.stderr.strip()}")
     return done.stdout.rstrip()

@@ -19,6 +19,7 @@ from shards.manifest import (
     seal,
     shard_name,
     survey,
+    unrecorded,
 )
 from shards.record import OtherSpecError
 from shards.storage import open_store
@@ -43,6 +44,16 @@ def test_a_root_is_bound_to_one_spec(tmp_path):
     store.write("spec.json", b"{")
     with pytest.raises(ValueError, match="is broken"):
         read_plan(store)
+
+
+@pytest.mark.parametrize("num_shards", [1, 250, 10_101])
+def test_shards_without_a_record_are_found_by_their_names(tmp_path, num_shards):
+    store, plan = open_store(tmp_path), Plan(1, {}, num_shards, 1)
+    there = {*np.random.default_rng(0).integers(0, num_shards, 20).tolist()}
+    for index in there:
+        store.write(f"{plan.shard_name(index)}.json", b"{}")
+        store.write(f"{plan.shard_name((index + 1) % num_shards)}.tar", b"not yet recorded")
+    assert list(unrecorded(store, plan)) == [index for index in range(num_shards) if index not in there]
 
 
 def test_a_sealed_root_is_the_sum_of_its_shards(tmp_path):

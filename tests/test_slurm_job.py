@@ -29,7 +29,7 @@ REQUESTS = [
 
 
 def script(resources: Resources = REQUESTS[0], environment: Environment = CONTAINERS[0], array: str = "") -> str:
-    body = step("audiosep train --config x.yaml", resources, environment, requeue_killed=not array)
+    body = step(["audiosep train", "--config x.yaml"], resources, environment, requeue_killed=not array)
     return render("train-1", "Trains.", resources, environment, Path("/work dir"), Path("/work dir/logs"), body, array)
 
 
@@ -53,7 +53,7 @@ def test_a_container_runs_exactly_the_command_in_the_working_folder(tmp_path: Pa
         (tmp_path / name).write_text(f'#!/bin/bash\nprintf "{name}: %s\\n" "$@"\n')
         (tmp_path / name).chmod(0o755)
     for environment in CONTAINERS[2:]:
-        body = "\n".join(step("audiosep train --config 'x y.yaml'", Resources(), environment))
+        body = "\n".join(step(["audiosep train --config 'x y.yaml'"], Resources(), environment))
         env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         shown = subprocess.run(["bash", "-c", body], capture_output=True, text=True, cwd=tmp_path, env=env).stdout
         assert environment.container_image in shown
@@ -72,7 +72,7 @@ def test_only_stopped_and_killed_work_is_requeued_and_only_so_often(
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
-    body = "\n".join(step("anything", Resources(), Environment(), requeue_killed))
+    body = "\n".join(step(["anything"], Resources(), Environment(), requeue_killed))
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}
     done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, env=env)
     assert done.returncode == status

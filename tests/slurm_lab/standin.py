@@ -45,7 +45,7 @@ if sys.argv[4] == "--plan":
     )
     sys.exit(0)
 status = 0
-for index in map(int, sys.argv[5].split(",")):
+for index in map(int, sys.argv[-1].split(",")):
     end = time.monotonic() + config["seconds"]
     while time.monotonic() < end and not files[index].exists():
         if stopped:

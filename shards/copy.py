@@ -4,14 +4,16 @@ import argparse
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import xxhash
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, format_ranges, parse_manifest
-from shards.record import Record, read_record
+from shards.record import Record, encode_index, read_record
 from shards.storage import StorageConfig, Store, open_store
+from shards.tar import canonical_json
 from shards.verify import verify
 
 
@@ -91,9 +93,8 @@ def copy_shard(
                 f"{source.url}/{name}.tar has the checksum {state.hexdigest()} and its record says {record.checksum}: "
                 "check it with `shards verify`"
             )
-    record.read_index(source)
-    for suffix in (".idx.npy", ".json"):
-        target.write(f"{name}{suffix}", source.read(f"{name}{suffix}"))
+    target.write(f"{name}.idx.npy", encode_index(record.read_index(source)))  # what was checked, not read once more
+    target.write(f"{name}.json", canonical_json(asdict(record)))
 
 
 def _has(target: Store, name: str, record: Record) -> bool:

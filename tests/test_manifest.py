@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from shard_sets import tree, write_one, write_set
+from shard_data import tree, write_one, write_set
 
 from shards.manifest import (
     IncompleteError,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from shard_sets import write_one, write_set
+from shard_data import write_one, write_set
 
 from shards.manifest import bind, load_manifest, seal
 from shards.reader import CorruptSampleError, SampleReader
@@ -116,20 +116,19 @@ class Damaged:
     def refused_rows(self):
         """The rows of the damaged shard that the reader refuses; the others are the ones that were written."""
         reader = SampleReader(load_manifest(self.store), self.store)
-        rows = [memoryview(bytearray(field.num_bytes)) for field in reader.fields]
-        scratch = memoryview(bytearray(reader.scratch_bytes))
+        rows = [[memoryview(bytearray(field.num_bytes)) for field in reader.fields] for _ in range(ROWS)]
+        scratches = [memoryview(bytearray(reader.scratch_bytes)) for _ in range(ROWS)]
         refused = {}
-        for row in range(ROWS):
-            try:
-                key, text = reader.read(ROWS + row, rows, scratch)
-            except CorruptSampleError as error:
-                refused[row] = str(error)
-            else:
-                written = list(members(self.samples[row], fragment=True))
-                assert written[0].name == f"{key}.json"
-                assert canonical_json(text) == content(self.samples[row], written[0])
-                for member, values in zip(written[1:], rows, strict=True):
-                    assert content(self.samples[row], member).endswith(values)
+        for row, found in enumerate(reader.read(range(ROWS, 2 * ROWS), rows, scratches)):
+            if isinstance(found, CorruptSampleError):
+                refused[row] = str(found)
+                continue
+            key, text = found
+            written = list(members(self.samples[row], fragment=True))
+            assert written[0].name == f"{key}.json"
+            assert canonical_json(text) == content(self.samples[row], written[0])
+            for member, values in zip(written[1:], rows[row], strict=True):
+                assert content(self.samples[row], member).endswith(values)
         assert all(f"row {row} of {self.root}/{NAME}.tar" in message for row, message in refused.items())
         return list(refused)
 

@@ -113,6 +113,7 @@ class Dataset:
             config.seed,
             mixtures_per_target=config.shards.mixtures_per_target,
             each_source=config.shards.targets == "each",
+            use_text_ratio=config.queries.use_text_ratio if config.queries else 1.0,
         )
         self._device = self._choose_device()
         self._queries = make_encoder(config.queries, self._device) if config.queries else None
@@ -128,7 +129,8 @@ class Dataset:
         }
         catalogue = {"digest": self.catalogue.digest, "num_clips": len(self.catalogue)}
         encoder = self._queries.identity if self._queries else None
-        return spec | {"shards": shards, "catalogue": catalogue, "device": self._device, "query_encoder": encoder}
+        spec |= {"shards": shards, "catalogue": catalogue, "device": self._device, "query_encoder": encoder}
+        return spec | ({"use_text_ratio": config["queries"]["use_text_ratio"]} if encoder else {})
 
     def _choose_device(self) -> str:
         """What computes the STFTs. It decides over their last bits, so "auto" means what the root was begun with."""
@@ -178,8 +180,7 @@ class Dataset:
             for number in numbers:
                 before_sample()
                 rendered = renderer.render(number)
-                condition = self._queries.encode([rendered.target.caption])[0] if self._queries else None
-                yield encoder(rendered, condition)
+                yield encoder(rendered, self._condition(rendered))
                 tally = Tally().add(max(len(numbers), TOLERANT_SAMPLES), rejected)
                 tally.check(self.config.max_rejected_fraction)
 
@@ -193,6 +194,14 @@ class Dataset:
             rejected=rejected,
             dtypes=encoder.dtypes,
         )
+
+    def _condition(self, rendered: Rendered) -> np.ndarray | None:
+        """The query's embedding [D], or None if none are stored."""
+        if self._queries is None:
+            return None
+        if rendered.recipe.query == "audio":
+            return self._queries.encode_audio(rendered.segment, self.config.clips.sample_rate)
+        return self._queries.encode([rendered.target.caption])[0]
 
 
 class Renderer:

@@ -115,7 +115,7 @@ def make_encoder(config: QueryConfig, device: str = "cpu") -> Encoder:
 
 def load_minilm(folder: Path, device: str) -> EmbedText:
     """Sentence-transformers' all-MiniLM-L6-v2: the mean of its token states, over at most 256 tokens."""
-    transformers = _import_transformers()
+    transformers = import_transformers()
     model = transformers.BertModel.from_pretrained(folder, local_files_only=True).eval().to(device)
     tokenize = _tokenizer(folder, device, max_length=256)
     return lambda caption: model(**tokenize(caption)).last_hidden_state[0].mean(0)
@@ -123,7 +123,7 @@ def load_minilm(folder: Path, device: str) -> EmbedText:
 
 def load_clap(folder: Path, device: str) -> EmbedText:
     """The text tower of a CLAP model in transformers' layout, projection included."""
-    transformers = _import_transformers()
+    transformers = import_transformers()
     model = transformers.ClapTextModelWithProjection.from_pretrained(folder, local_files_only=True).eval().to(device)
     tokenize = _tokenizer(folder, device, max_length=512)
     return lambda caption: model(**tokenize(caption)).text_embeds[0]
@@ -131,7 +131,7 @@ def load_clap(folder: Path, device: str) -> EmbedText:
 
 def load_clap_audio(folder: Path, device: str) -> EmbedAudio:
     """The audio tower of a CLAP model in transformers' layout. It hears the first 10 s; shorter sounds are repeated."""
-    transformers = _import_transformers()
+    transformers = import_transformers()
     model = transformers.ClapAudioModelWithProjection.from_pretrained(folder, local_files_only=True).eval().to(device)
     extractor = transformers.ClapFeatureExtractor.from_pretrained(folder, local_files_only=True)
 
@@ -153,7 +153,7 @@ def load_laion_clap(checkpoint: Path, tokenizer: str, device: str) -> EmbedText:
         raise ValueError(
             f"{checkpoint} holds no tensors named text_branch.*: it is no LAION CLAP or AudioSep checkpoint."
         )
-    transformers = _import_transformers()
+    transformers = import_transformers()
     vocabulary, width = tensors["text_model.embeddings.word_embeddings.weight"].shape
     config = transformers.ClapTextConfig(
         vocab_size=vocabulary,
@@ -192,11 +192,11 @@ def text_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tokenizer(folder: Path, device: str, max_length: int) -> Callable[[str], Mapping[str, Tensor]]:
-    tokenizer = _import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return lambda caption: tokenizer(caption, truncation=True, max_length=max_length, return_tensors="pt").to(device)
 
 
-def _import_transformers() -> Any:
+def import_transformers() -> Any:
     try:
         import transformers
     except ImportError:

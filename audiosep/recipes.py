@@ -4,7 +4,7 @@ A data set is therefore a function of config and catalogue: no rank, worker, ord
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Recipe:
     gains_db: tuple[int, ...]  # of each source but the first
     noise_gain_db: int  # of the sum of these
     target: int = 0  # the source that the query asks for
+    query: Literal["caption", "audio"] = "caption"  # how it asks: by the target's caption or by its sound
 
 
 class Draws:
@@ -73,11 +74,14 @@ class Recipes:
         *,
         mixtures_per_target: int = 1,
         each_source: bool = False,
+        use_text_ratio: float = 1.0,
     ) -> None:
-        """`each_source`: every source of a mixture is the target of one sample, and each mixture has `max_mix_num`."""
+        """`each_source`: every source of a mixture is the target of one sample, and each mixture has `max_mix_num`.
+        `use_text_ratio`: share of the mixtures that are asked for by caption, the others by the target's sound."""
         self._catalogue, self._config, self._seed = catalogue, config, seed
         self._mixtures_per_target = mixtures_per_target
         self._sources_asked = config.max_mix_num if each_source else 1
+        self._use_text_ratio = use_text_ratio
         sizes = np.diff(catalogue.starts)
         places = [max(round(weight * size), 1) for weight, size in zip(catalogue.weights, sizes, strict=True)]
         self._place_starts = np.concatenate([[0], np.cumsum(places)])
@@ -103,7 +107,8 @@ class Recipes:
         gains = [
             self._config.lower_db + draws.below(self._config.higher_db - self._config.lower_db + 1) for _ in sources
         ]
-        return Recipe(index, mixture, tuple(sources), tuple(gains[1:]), gains[0], asked)
+        query: Literal["caption", "audio"] = "caption" if draws.fraction() < self._use_text_ratio else "audio"
+        return Recipe(index, mixture, tuple(sources), tuple(gains[1:]), gains[0], asked, query)
 
     def replacement(self, recipe: Recipe, slot: int, others: Sequence[Source], attempt: int) -> Source:
         """What stands in for a rejected source `slot`, `attempt` = 0, 1, ...: any clip that fits beside the others."""

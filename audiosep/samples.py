@@ -59,7 +59,7 @@ class Encoder:
                 self.dtypes[f"{name}.{window_length}"] = dtype
 
     def __call__(self, rendered: Rendered, condition: np.ndarray | None = None) -> StoredSample:
-        """The sample of a mixture; `condition` is the embedding [D] of its caption."""
+        """The sample of a mixture; `condition` is the embedding [D] of its query."""
         for window_length, transform in self._transforms.items():
             transform(rendered.mixed.mixture, self._spectrograms[f"{MIXTURE}.{window_length}"])
             transform(rendered.segment, self._spectrograms[f"{SEGMENT}.{window_length}"])
@@ -84,6 +84,7 @@ def describe(rendered: Rendered) -> dict[str, Any]:
     return {
         "index": recipe.index,
         "text": target["caption"],
+        "query": recipe.query,
         "kind": target["kind"],
         "target": target,
         "target_slot": recipe.target,

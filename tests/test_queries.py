@@ -1,6 +1,5 @@
 """Encoders equal independent ways to the same embeddings, are named by their weights, and encode a caption once."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,42 +9,22 @@ import numpy as np
 import pytest
 import soxr
 import torch
+from tiny_clap import TEXT_SIZES, save_clap, save_tokenizer
 from torch.nn.functional import normalize
 
-from audiosep.queries import Encoder, QueryConfig, _import_transformers, make_encoder
+from audiosep.queries import Encoder, QueryConfig, import_transformers, make_encoder
 
 CAPTIONS = ["a dog barking", "dog bark", "rain falls on a tin roof", ""]
 
 
 @pytest.fixture(scope="module")
 def transformers() -> Any:
-    return _import_transformers()
+    return import_transformers()
 
 
 @pytest.fixture(scope="module")
 def minilm() -> Encoder:
     return make_encoder(QueryConfig())
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, transformers: Any) -> Path:
-    """A byte-level tokenizer without merges, saved as RoBERTa's are."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def sizes(kind: Any, **more: Any) -> Any:
-    return kind(
-        vocab_size=261, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=514, type_vocab_size=1, **more,
-    )  # fmt: skip
 
 
 def test_minilm_is_the_package_s_model_pooled_as_it_prescribes(minilm: Encoder, transformers: Any) -> None:
@@ -105,23 +84,16 @@ def test_identity_follows_the_weights(tmp_path: Path) -> None:
     assert a == b != c
 
 
-def test_clap_folder_equals_the_whole_clap_model(tmp_path: Path, transformers: Any, tokenizer_folder: Path) -> None:
-    text = sizes(transformers.ClapTextConfig, projection_dim=16).to_dict()
-    audio = {"depths": [1] * 4, "num_attention_heads": [1] * 4, "patch_embeds_hidden_size": 8, "hidden_size": 64}
-    config = transformers.ClapConfig(text_config=text, audio_config=audio | {"projection_dim": 16}, projection_dim=16)
-    torch.manual_seed(0)
-    clap = transformers.ClapModel(config).eval()
-    clap.save_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.save_pretrained(tmp_path)
-    extractor = transformers.ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad")
-    extractor.save_pretrained(tmp_path)
-    encoder = make_encoder(QueryConfig("clap", str(tmp_path)))
+def test_clap_folder_equals_the_whole_clap_model(tmp_path: Path, transformers: Any) -> None:
+    clap = save_clap(transformers, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    extractor = transformers.ClapFeatureExtractor.from_pretrained(tmp_path)
     sound = np.random.default_rng(0).standard_normal(32000).astype(np.float32)
     with torch.no_grad():
         of_text = clap.get_text_features(**tokenizer(CAPTIONS, padding=True, return_tensors="pt")).pooler_output
         heard = extractor(soxr.resample(sound, 32000, 48000), sampling_rate=48000, return_tensors="pt")
         of_audio = clap.get_audio_features(**heard).pooler_output[0]
+    encoder = make_encoder(QueryConfig("clap", str(tmp_path)))
     np.testing.assert_allclose(encoder.encode(CAPTIONS), normalize(of_text), atol=1e-5)
     np.testing.assert_allclose(encoder.encode_audio(sound, 32000), normalize(of_audio, dim=0), atol=1e-5)
 
@@ -132,12 +104,10 @@ def test_an_encoder_of_text_alone_says_so(minilm: Encoder) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "query_encoder.model.", ""])
-def test_laion_file_equals_roberta_and_projection(
-    tmp_path: Path, transformers: Any, tokenizer_folder: Path, prefix: str
-) -> None:
+def test_laion_file_equals_roberta_and_projection(tmp_path: Path, transformers: Any, prefix: str) -> None:
     """LAION's own text branch is transformers' RobertaModel, its projection two layers with a ReLU between."""
     torch.manual_seed(0)
-    roberta = transformers.RobertaModel(sizes(transformers.RobertaConfig, layer_norm_eps=1e-5)).eval()
+    roberta = transformers.RobertaModel(transformers.RobertaConfig(**TEXT_SIZES, layer_norm_eps=1e-5)).eval()
     projection = torch.nn.Sequential(torch.nn.Linear(128, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16))
     state = {f"text_branch.{name}": tensor for name, tensor in roberta.state_dict().items()}
     state |= {f"text_projection.{name}": tensor for name, tensor in projection.state_dict().items()}
@@ -145,15 +115,15 @@ def test_laion_file_equals_roberta_and_projection(
     state |= {"audio_branch.bn0.weight": torch.ones(3), "text_transform.sequential.0.weight": torch.ones(2, 2)}
     content = {"epoch": 15, "score": np.float64(89.98), "state_dict": {prefix + k: v for k, v in state.items()}}
     torch.save(content, tmp_path / "laion.pt")
-    encoder = make_encoder(QueryConfig("clap", str(tmp_path / "laion.pt"), str(tokenizer_folder)))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = save_tokenizer(transformers, tmp_path)
+    encoder = make_encoder(QueryConfig("clap", str(tmp_path / "laion.pt"), str(tmp_path)))
     with torch.no_grad():  # padded to 512 tokens as upstream does
         tokens = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=512, return_tensors="pt")
         expected = normalize(projection(roberta(**tokens).pooler_output))
     np.testing.assert_allclose(encoder.encode(CAPTIONS), expected, atol=1e-5)
 
 
-def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path) -> None:
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"state_dict": {"model.weight": torch.ones(1)}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="text_branch"):
         make_encoder(QueryConfig("clap", str(tmp_path / "other.pt"))).encode(["a"])

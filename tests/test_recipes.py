@@ -1,6 +1,7 @@
 """Recipes are functions of (seed, index), visit every target once a pass, and never mix a sound with its like."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,13 @@ def test_draws_are_uniform_and_within_their_ranges(clips):
     fractions = np.array([source.fraction for i in range(500) for source in recipes[i].sources])
     assert 0 <= fractions.min() < 0.01 < 0.99 < fractions.max() < 1
     assert abs(fractions.mean() - 0.5) < 0.04
+
+
+def test_a_share_of_the_queries_is_audio_and_nothing_else_changes(clips):
+    by_text, mixed = Recipes(clips, MixingConfig(), 0), Recipes(clips, MixingConfig(), 0, use_text_ratio=0.7)
+    assert {by_text[i].query for i in range(300)} == {"caption"}
+    assert 180 < sum(mixed[i].query == "caption" for i in range(300)) < 240
+    assert all(replace(mixed[i], query="caption") == by_text[i] for i in range(300))
 
 
 def test_the_draws_are_those_of_philox(clips):

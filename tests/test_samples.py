@@ -7,8 +7,10 @@ import pytest
 import soundfile
 import torch
 from audio import open_dataset, small_config, write_catalogue
+from tiny_clap import save_clap
 
 from audiosep.dataset import Renderer
+from audiosep.queries import QueryConfig, import_transformers, make_encoder
 from audiosep.samples import decode
 from audiosep.stft import istft
 from shards.manifest import seal
@@ -147,8 +149,6 @@ def test_every_representation_survives_the_way_to_the_model(tmp_path, catalogue,
 
 
 def test_stored_conditions_are_the_encoders(tmp_path, catalogue):
-    from audiosep.queries import QueryConfig, make_encoder
-
     config = small_config(tmp_path / "root", catalogue, shards={"num_samples": 4}, queries={"encoder": "minilm"})
     dataset = open_dataset(config)
     dataset.render_shard(0, lambda: None)
@@ -156,6 +156,25 @@ def test_stored_conditions_are_the_encoders(tmp_path, catalogue):
     assert dataset.plan.spec["query_encoder"] == encoder.identity
     for _, text, arrays in read_samples(dataset):
         np.testing.assert_array_equal(arrays["condition"], encoder.encode([text["text"]])[0].astype(np.float16))
+
+
+def test_audio_queries_are_of_the_sounds_asked_for(tmp_path, catalogue):
+    save_clap(import_transformers(), tmp_path)
+    queries = {"encoder": "clap", "checkpoint": str(tmp_path), "use_text_ratio": 0.5}
+    config = small_config(
+        tmp_path / "root", catalogue, shards={"num_samples": 8, "samples_per_shard": 8}, queries=queries
+    )
+    dataset = open_dataset(config)
+    dataset.render_shard(0, lambda: None)
+    renderer, encoder = Renderer(dataset.recipes, config, []), make_encoder(config.queries)
+    asked = set()
+    for key, text, arrays in read_samples(dataset):
+        by_caption = encoder.encode([text["text"]])[0]
+        by_audio = encoder.encode_audio(renderer.render(int(key)).segment, config.clips.sample_rate)
+        expected = by_caption if text["query"] == "caption" else by_audio
+        np.testing.assert_array_equal(arrays["condition"], expected.astype(np.float16))
+        asked.add(text["query"])
+    assert asked == {"caption", "audio"}
 
 
 def test_shards_of_something_else_are_refused():

@@ -1,6 +1,6 @@
 # make demo   the whole way on the bundled audio, under runs/demo/
 # make test   lint, types, import rules and every test
-# make bench  the side-by-side benchmarks (minutes; needs the peers: pip install -c constraints.txt -e '.[bench]')
+# make bench  the side-by-side benchmarks (minutes; to compare with peers: pip install --no-deps -r benchmarks/peers.txt)
 # make clean  removes runs/ and caches, keeps .venv
 
 PYTHON ?= python3

@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slurm.config import load_config, plain
 from slurm.job import Environment, Resources, check_resources, check_script, render, step, time_seconds
@@ -106,9 +108,9 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> N
 
 
 def test_a_config_survives_the_run_folder_and_names_its_mistakes(tmp_path: Path) -> None:
-    import yaml
-
-    for file in Path("configs/slurm").glob("*.yaml"):
+    shown = re.findall(r"```yaml\n(.*?)```", Path("docs/slurm.md").read_text(), re.DOTALL)
+    (tmp_path / "shown.yaml").write_text(*shown)
+    for file in [*Path("configs/slurm").glob("*.yaml"), tmp_path / "shown.yaml"]:
         config = load_config(file, ["--nodes", "3", "--precompute.max_tasks", "7"], "train")
         assert (config.train.nodes, config.precompute.max_tasks) == (3, 7)
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config)))

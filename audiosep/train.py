@@ -1,0 +1,297 @@
+"""`audiosep train`: shards into a model. The same command, given again, goes on from the last checkpoint.
+
+Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, with a checkpoint to go on from."""
+
+import argparse
+import io
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field
+from pytorch_lightning.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from audiosep.checkpoints import load_released
+from audiosep.config import describe, load_config
+from audiosep.datamodule import DataConfig, ShardDataModule
+from audiosep.pictures import spectrogram_figure
+from audiosep.samples import Batch
+from audiosep.system import SeparationSystem, SystemConfig
+from shards.storage import open_store
+
+DONE, STOPPED = 0, 75
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long training goes on, on what, and what it keeps."""
+
+    max_steps: Annotated[int, Field(ge=-1, description="optimiser steps in all; -1: as many as max_epochs hold")] = -1
+    max_epochs: Annotated[int, Field(gt=0, description="passes over the training data")] = 100
+    max_hours: Annotated[float | None, Field(gt=0, description="training time in all, restarts included")] = None
+    accumulate_batches: Annotated[int, Field(gt=0, description="batches for each optimiser step")] = 1
+    precision: Annotated[Literal["32-true", "bf16-mixed"], Field(description="of the network's arithmetic")] = "32-true"
+    accelerator: Annotated[str, Field(description="Lightning's: auto, cpu, gpu")] = "auto"
+    devices: Annotated[int | Literal["auto"], Field(description="processes on each node, one for each GPU")] = "auto"
+    num_nodes: Annotated[int, Field(gt=0, description="nodes of the job")] = 1
+    threads: Annotated[int | None, Field(gt=0, description="of each process on CPU; by default OMP_NUM_THREADS")] = None
+    sync_batchnorm: Annotated[bool, Field(description="batch statistics over all GPUs")] = False
+    deterministic: Annotated[bool, Field(description="only operations that give the same bits on every run")] = False
+    ema_decay: Annotated[
+        float | None, Field(gt=0, lt=1, description="validate and keep a running average of the weights; none: off")
+    ] = None
+    checkpoint_steps: Annotated[int, Field(gt=0, description="steps from one last.ckpt to the next")] = 1000
+    validate_steps: Annotated[int, Field(gt=0, description="steps from one validation to the next")] = 1000
+    monitor: Annotated[str, Field(description="validation figure that best.ckpt and early stopping go by")] = "valid/loss"
+    patience: Annotated[
+        int | None, Field(gt=0, description="validations without a better figure that end the run; none: go on")
+    ] = None
+    log_steps: Annotated[int, Field(gt=0, description="steps from one line of the log to the next")] = 50
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `audiosep train` needs to know."""
+
+    root: Annotated[str, Field(description="folder of the run: checkpoints/ and TensorBoard logs")]
+    data: DataConfig
+    system: SystemConfig = SystemConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    seed: Annotated[int, Field(ge=0, description="of initial weights and random windows")] = 0
+    start_from: Annotated[str, Field(description="released AudioSep checkpoint to fine-tune; empty: random weights")] = ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="audiosep train",
+        description=__doc__,
+        epilog="config keys, each also an option --section.key VALUE:\n" + describe(TrainConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan at the speed of a few steps made here")
+    options, overrides = parser.parse_known_args(arguments)
+    config = load_config(TrainConfig, options.config, overrides)
+    if options.dry_run:
+        print(plan(config))
+        return DONE
+    return train(config)
+
+
+def train(config: TrainConfig) -> int:
+    """Train from the beginning or the last checkpoint to the end, or until a signal; returns the exit status."""
+    system, data = build(config)
+    last = Path(config.root, "checkpoints", LAST)
+    if last.exists():
+        print(f"Going on from {last}.", file=sys.stderr)
+    keeper = LastCheckpoint(last, config.trainer.checkpoint_steps, config.trainer.max_hours)
+    trainer = make_trainer(config, keeper)
+    trainer.fit(system, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    return STOPPED if keeper.stopped else DONE
+
+
+def build(config: TrainConfig) -> tuple[SeparationSystem, ShardDataModule]:
+    """The system with its initial weights, and its data."""
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    data = ShardDataModule(config.data, config.system.windows, config.trainer.max_epochs)
+    pl.seed_everything(config.seed, verbose=False)
+    system = SeparationSystem(config.system, data.audio, config.seed)
+    if config.start_from:
+        load_released(config.start_from, system.ss_model)
+    return system, data
+
+
+def make_trainer(config: TrainConfig, keeper: "LastCheckpoint") -> pl.Trainer:
+    """A Trainer for one Lightning epoch, which is the whole run: passes over the data are the loader's affair."""
+    trainer, validated = config.trainer, bool(config.data.valid)
+    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=trainer.log_steps), Throughput(trainer.log_steps)]
+    if trainer.ema_decay:
+        callbacks.append(EMAWeightAveraging(decay=trainer.ema_decay))  # before whatever saves its average
+    if validated:
+        mode: Literal["min", "max"] = "min" if trainer.monitor == "valid/loss" else "max"
+        folder, name = keeper.path.parent, Path(BEST).stem
+        callbacks += [Examples(), ModelCheckpoint(folder, name, trainer.monitor, mode=mode, enable_version_counter=False)]
+        if trainer.patience:
+            callbacks.append(EarlyStopping(trainer.monitor, mode=mode, patience=trainer.patience))
+    plugins: list[Any] = [DurableCheckpoints()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # the job's script requeues it, by our exit status
+    return pl.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        precision=trainer.precision,
+        sync_batchnorm=trainer.sync_batchnorm,
+        deterministic=trainer.deterministic,
+        max_epochs=1,
+        max_steps=trainer.max_steps,
+        accumulate_grad_batches=trainer.accumulate_batches,
+        check_val_every_n_epoch=None,
+        val_check_interval=trainer.validate_steps * trainer.accumulate_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=trainer.log_steps,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=validated,
+        logger=TensorBoardLogger(config.root, name="", version="logs"),
+        default_root_dir=config.root,
+        callbacks=[*callbacks, keeper],
+        plugins=plugins,
+    )
+
+
+class DurableCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole under their name or not there, whatever dies while they are written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        open_store(Path(path).parent).write(Path(path).name, buffer.getbuffer())
+
+
+class LastCheckpoint(Callback):
+    """Keeps the state after every `every_steps`-th step and after the last; a stop signal, or the end of the time,
+    makes any step the last.
+
+    It saves only when a step is complete, so whoever goes on from there repeats no sample and misses none."""
+
+    def __init__(self, path: Path, every_steps: int, max_hours: float | None = None) -> None:
+        self.path, self._every_steps = path, every_steps
+        self.stopped = False
+        """Whether a signal ended the run before it was complete."""
+        self._max_seconds = max_hours * 3600 if max_hours else float("inf")
+        self._seconds_before = 0.0  # of training, before the last restart
+        self._asked = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.monotonic()
+        self._step = self._saved_step = trainer.global_step
+        for number in STOP_SIGNALS:  # only now, because Lightning has just put its own handlers there
+            signal.signal(number, self._ask)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # gradients are being accumulated
+        self._step = trainer.global_step
+        agreed = trainer.strategy.reduce_boolean_decision
+        if agreed(self._asked, all=False):
+            self.stopped = trainer.should_stop = True
+            trainer.limit_val_batches = 0  # or Lightning would validate first, while the scheduler counts seconds
+        elif agreed(self._seconds() > self._max_seconds, all=False):
+            trainer.should_stop = True
+        if self._step % self._every_steps == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._step > self._saved_step:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved_step = self._step
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = state_dict["seconds"]
+
+
+class Throughput(Callback):
+    """Logs samples/s, and the share of the time for which training waited for data; validation is not counted."""
+
+    def __init__(self, every_steps: int) -> None:
+        self._every_steps = every_steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        self._step, self._samples = trainer.global_step, 0
+        self._started, self._waited = time.perf_counter(), trainer.datamodule.wait_seconds
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._samples += len(batch.keys) * trainer.world_size
+        if trainer.global_step >= self._step + self._every_steps:
+            seconds = time.perf_counter() - self._started
+            waited = trainer.datamodule.wait_seconds - self._waited
+            pl_module.log("train/samples_per_second", self._samples / seconds)
+            pl_module.log("train/data_wait_share", waited / seconds)
+            self._begin(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started += time.perf_counter() - self._paused
+
+
+class Examples(Callback):
+    """Shows the first validation sample in TensorBoard: mixture, estimate and target, to hear and to see."""
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: SeparationSystem, outputs: Any, batch: Batch, batch_idx: int, *_: Any
+    ) -> None:
+        if batch_idx or not trainer.is_global_zero or not batch.mixture[pl_module.config.windows[0]].is_complex():
+            return
+        target, mixture = pl_module.target_and_mixture(batch)
+        estimate = pl_module.separate(batch.mixture, batch.condition, pl_module.audio.length)
+        waveforms = {"mixture": mixture, "estimate": estimate, "target": target}
+        pictured = {name: waveform[0].mean(0).float().cpu().numpy() for name, waveform in waveforms.items()}
+        board, rate = trainer.logger.experiment, pl_module.audio.sample_rate
+        for name, waveform in pictured.items():
+            board.add_audio(f"example/{name}", waveform, trainer.global_step, rate)
+        board.add_figure("example", spectrogram_figure(pictured, rate, batch.text[0]), trainer.global_step)
+
+
+def plan(config: TrainConfig) -> str:
+    """What a run would do, in words, at the speed of its first steps on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        few = replace(config.trainer, max_steps=6, log_steps=3, ema_decay=None)
+        probe = replace(config, root=folder, trainer=few, data=replace(config.data, ledger="", valid=""))
+        system, data = build(probe)
+        trainer = make_trainer(probe, LastCheckpoint(Path(folder, LAST), every_steps=1000))
+        trainer.fit(system, data)
+        speed = float(trainer.callback_metrics["train/samples_per_second"])
+    loader, limits = config.data.loader, config.trainer
+    manifests = [data.manifest(root) for root in data.roots]
+    stored, num_bytes = (sum(getattr(manifest, name) for manifest in manifests) for name in ("num_samples", "num_bytes"))
+    batch_size = loader.batch_size * trainer.world_size * limits.accumulate_batches
+    num_steps = min(loader.repeat * stored // batch_size * limits.max_epochs, limits.max_steps % 2**62)
+    num_samples = num_steps * batch_size
+    num_parameters = sum(parameter.numel() for parameter in system.parameters() if parameter.requires_grad)
+    hours = num_samples / speed / 3600
+    return "\n".join(
+        (
+            f"model   {num_parameters:,} parameters, windows {', '.join(map(str, config.system.windows))}",
+            f"data    {stored:,} samples, {num_bytes / 1e9:,.2f} GB in {', '.join(data.roots)}",
+            f"steps   {num_steps:,} of {batch_size} samples ({loader.batch_size} on each of {trainer.world_size} ranks, "
+            f"{limits.accumulate_batches} batches a step)",
+            f"reads   {num_samples:,} samples, {num_samples / stored:.1f} passes, "
+            f"{num_samples * num_bytes / stored / 1e9:,.1f} GB",
+            f"speed   {speed:,.1f} samples/s measured here",
+            f"time    {hours:,.2f} hours" + (f", of which {limits.max_hours} are allowed" if limits.max_hours else ""),
+        )
+    )

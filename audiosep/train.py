@@ -277,7 +277,8 @@ def plan(config: TrainConfig) -> str:
         speed = float(trainer.callback_metrics["train/samples_per_second"])
     loader, limits = config.data.loader, config.trainer
     manifests = [data.manifest(root) for root in data.roots]
-    stored, num_bytes = (sum(getattr(manifest, name) for manifest in manifests) for name in ("num_samples", "num_bytes"))
+    stored = sum(manifest.num_samples for manifest in manifests)
+    num_bytes = sum(int(manifest.tar_bytes.sum()) for manifest in manifests)
     batch_size = loader.batch_size * trainer.world_size * limits.accumulate_batches
     num_steps = min(loader.repeat * stored // batch_size * limits.max_epochs, limits.max_steps % 2**62)
     num_samples = num_steps * batch_size

@@ -1,0 +1,182 @@
+"""`audiosep evaluate`: SDR, SDRi, SI-SDR and SI-SDRi of a checkpoint on shards; to the terminal, JSON and CSV."""
+
+import argparse
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from audiosep.config import describe, load_config
+from audiosep.datamodule import Batches
+from audiosep.metrics import si_sdr, summarise
+from audiosep.queries import QueryConfig, make_encoder
+from audiosep.samples import Batch
+from audiosep.stft import istft
+from audiosep.system import AudioFormat, SeparationSystem, load_system, scores
+from shards.loader import LoaderConfig, ShardLoader
+from shards.manifest import load_manifest
+from shards.storage import StorageConfig, open_store
+
+METRICS = ("sdr", "sdri", "si_sdr", "si_sdri")
+
+Row = dict[str, Any]  # of one sample: key, kind, query, each metric in dB and, with one interferer, `follows`
+Separate = Callable[[Batch], Tensor]  # complex spectrograms to estimated waveforms [B, C, L]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What a checkpoint is evaluated on."""
+
+    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run")]
+    shards: Annotated[str, Field(description="sealed root with complex spectrograms")]
+    output: Annotated[str, Field(description="folder for metrics.json and metrics.csv")] = "runs/evaluation"
+    batch_size: Annotated[int, Field(gt=0, description="samples at a time")] = 16
+    windows: Annotated[
+        tuple[int, ...], Field(description="window lengths whose waveforms are averaged; none: those trained on")
+    ] = ()
+    baselines: Annotated[
+        bool, Field(description="also: the same network untrained, half of the mixture, the ideal ratio mask")
+    ] = True
+    accelerator: Annotated[str, Field(description="Lightning's: auto, cpu, gpu")] = "auto"
+    queries: Annotated[
+        QueryConfig | None, Field(description="encoder of the captions, for shards that store no conditions")
+    ] = None
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="audiosep evaluate",
+        description=__doc__,
+        epilog="config keys, each also an option --section.key VALUE:\n" + describe(EvaluateConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file; or give the keys as options")
+    options, overrides = parser.parse_known_args(arguments)
+    evaluate(load_config(EvaluateConfig, options.config, overrides))
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate, write and print; returns what is in metrics.json: by separator, overall and for each kind of sound."""
+    system = load_system(config.checkpoint)
+    batches = _open(config, system)
+    device = Fabric(accelerator=config.accelerator, devices=1).device
+    separators = {"model": of_system(system.to(device), config.windows)}
+    if config.baselines:
+        torch.manual_seed(0)
+        untrained = SeparationSystem(system.config, system.audio).eval().to(device)
+        separators["untrained"] = of_system(untrained, config.windows)
+        separators["half mask"] = lambda batch: system.target_and_mixture(batch)[1] / 2
+        separators["ideal ratio mask"] = lambda batch: ideal_ratio_mask(batch, system)
+    rows = {name: measure(system, separate, batches, device, name) for name, separate in separators.items()}
+    results = {name: summary(measured) for name, measured in rows.items()}
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "metrics.json").write_text(json.dumps(results, indent=2))
+    write_csv(rows["model"], output / "metrics.csv")
+    print(table(results))
+    return results
+
+
+def _open(config: EvaluateConfig, system: SeparationSystem) -> Batches:
+    """The samples, each once; ValueError unless they are what the system was trained for and keep their phase."""
+    store = open_store(config.shards, config.storage)
+    manifest = load_manifest(store)
+    encoder = make_encoder(config.queries) if config.queries else None
+    audio = AudioFormat.of(manifest.spec, encoder.identity if encoder else "")
+    if audio != system.audio:
+        raise ValueError(f"{config.shards} holds {audio}, but {config.checkpoint} was trained for {system.audio}.")
+    if manifest.spec["shards"]["representation"] != "complex":
+        raise ValueError(
+            f"{config.shards} stores magnitudes, and no waveform comes from these alone. Precompute it with "
+            "shards.representation: complex."
+        )
+    loader = LoaderConfig(batch_size=config.batch_size, shuffle=False, drop_last=False)
+    return Batches(ShardLoader(config.shards, loader, storage=config.storage), encoder)
+
+
+def of_system(system: SeparationSystem, windows: tuple[int, ...] = ()) -> Separate:
+    def separate(batch: Batch) -> Tensor:
+        mixtures = {window: batch.mixture[window] for window in windows or system.config.windows}
+        return system.separate(mixtures, batch.condition, system.audio.length)
+
+    return separate
+
+
+def ideal_ratio_mask(batch: Batch, system: SeparationSystem) -> Tensor:
+    """Best a mask in [0, 1] on the mixture's phase could do, or nearly: |segment| / (|segment| + |rest|)."""
+    window = system.config.windows[0]
+    mixture, segment = batch.mixture[window], batch.segment[window]
+    target, rest = segment.abs(), (mixture - segment).abs()
+    mask = target / (target + rest).clamp(min=1e-8)
+    return istft(mixture * mask, window, system.audio.hop_length, system.audio.length)
+
+
+@torch.inference_mode()
+def measure(
+    system: SeparationSystem, separate: Separate, batches: Iterable[Batch], device: torch.device, name: str
+) -> list[Row]:
+    """One row for each sample. `follows`: whether the estimate is nearer (SI-SDR) to what the query describes than to
+    the mixture's other source."""
+    rows: list[Row] = []
+    for batch in tqdm(batches, desc=f"evaluating {name}", unit="batch"):
+        batch = batch.to(device)
+        estimate = separate(batch)
+        target, mixture = system.target_and_mixture(batch)
+        values = {metric: figures.tolist() for metric, figures in scores(estimate, target, mixture).items()}
+        follows = (si_sdr(estimate, target) > si_sdr(estimate, mixture - target)).tolist()
+        for i, key in enumerate(batch.keys):
+            row = {"key": key, "kind": batch.kinds[i], "query": batch.text[i]}
+            row |= {metric: figures[i] for metric, figures in values.items()}
+            rows.append(row | {"follows": follows[i] if len(batch.info[i]["interferers"]) == 1 else None})
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Overall and by kind: mean with its 95% interval and median of each metric, and the query-following rate."""
+    kinds = sorted({row["kind"] for row in rows if row["kind"]})
+    groups = {"overall": list(rows)} | {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
+    return {name: _summary_of(group) for name, group in groups.items()}
+
+
+def _summary_of(rows: Sequence[Row]) -> dict[str, Any]:
+    found: dict[str, Any] = {"num_samples": len(rows)}
+    for metric in METRICS:
+        values = np.array([row[metric] for row in rows])
+        found[metric] = asdict(summarise(values)) | {"median": float(np.median(values))}
+    asked = [row["follows"] for row in rows if row["follows"] is not None]
+    return found | {"query_following": float(np.mean(asked)) if asked else None, "num_asked": len(asked)}
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """One line for each sample."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every separator overall, then the model by kind, for a terminal 100 columns wide."""
+    lines = [f"{'dB, mean [95%]':18}{'n':>5}" + "".join(f"{m.upper().replace('_', '-'):>20}" for m in METRICS[1:])]
+    lines[0] += f"{'median SI-SDRi':>16}{'follows':>9}"
+    groups = {name: result["overall"] for name, result in results.items()}
+    groups |= {f"  {kind}": figures for kind, figures in results["model"].items() if kind != "overall"}
+    for name, figures in groups.items():
+        cells = "".join("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**figures[m]).rjust(20) for m in METRICS[1:])
+        rate = figures["query_following"]
+        follows = "-" if rate is None else f"{rate:.0%}"
+        lines.append(
+            f"{name:18}{figures['num_samples']:>5}{cells}{figures['si_sdri']['median']:>16.2f}{follows:>9}"
+        )
+    return "\n".join(lines)

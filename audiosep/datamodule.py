@@ -1,6 +1,6 @@
 """Sealed shards into the batches of a training run: all that is left of it, for this rank, on from any checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ class DataConfig:
         Field(description="sealed root, or several with the weights to mix them by, {root: weight}"),
     ]
     valid: Annotated[str, Field(description="sealed root; complex shards give SDR and SI-SDR too; empty: none")] = ""
-    loader: LoaderConfig = LoaderConfig()
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     valid_batch_size: Annotated[int | None, Field(gt=0, description="on each rank; by default as in training")] = None
     ledger: Annotated[str, Field(description="folder to record in what every rank was served; empty: none")] = ""
     queries: Annotated[
@@ -42,7 +42,7 @@ class ShardDataModule(pl.LightningDataModule):
 
         Raises ValueError for data sets that do not hold these windows or do not fit together."""
         super().__init__()
-        self.config, self._windows, self._num_epochs = config, windows, num_epochs
+        self.config, self._windows, self.num_epochs = config, windows, num_epochs
         self._encoder = make_encoder(config.queries) if config.queries else None
         self.roots = [config.train] if isinstance(config.train, str) else list(config.train)
         first, *others = self.roots + [config.valid] * bool(config.valid)
@@ -76,10 +76,10 @@ class ShardDataModule(pl.LightningDataModule):
         if self._state:
             loader.load_state_dict(self._state)
         self._training_loader = loader
-        batches = RemainingBatches(loader, self._num_epochs, self._encoder)
-        if self.trainer.max_steps >= 0:
-            steps = self.trainer.max_steps - self.trainer.global_step
-            batches.limit = steps * self.trainer.accumulate_grad_batches
+        batches = RemainingBatches(loader, self.num_epochs, self._encoder)
+        trainer = self._attached_trainer()
+        if trainer.max_steps >= 0:
+            batches.limit = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         return batches
 
     def val_dataloader(self) -> "Batches | list[Any]":
@@ -89,16 +89,21 @@ class ShardDataModule(pl.LightningDataModule):
         config = replace(self.config.loader, batch_size=batch_size, shuffle=False, drop_last=False)
         return Batches(self._loader(self.config.valid, config), self._encoder)
 
-    def _loader(self, source: str | dict[str, float], config: LoaderConfig, ledger: str = "") -> ShardLoader:
+    def _attached_trainer(self) -> pl.Trainer:
+        assert self.trainer, "Lightning attaches its trainer before it asks for loaders"
+        return self.trainer
+
+    def _loader(self, source: str | Mapping[Any, float], config: LoaderConfig, ledger: str = "") -> ShardLoader:
         root = source if isinstance(source, str) else next(iter(source))
+        trainer = self._attached_trainer()
         stored = tuple(field.name for field in self.manifest(root).fields)
         needed = tuple(name for name in stored if name == CONDITION or int(name.rpartition(".")[2]) in self._windows)
         return ShardLoader(
             source,
             # Samples that are read whole are checked by their checksums, so fields are only named to leave some out.
             config if needed == stored else replace(config, fields=needed),
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
             ledger=ledger or None,
             storage=self.config.storage,
         )

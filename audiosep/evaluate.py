@@ -5,6 +5,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from shards.loader import LoaderConfig, ShardLoader
 from shards.manifest import load_manifest
 from shards.storage import StorageConfig, open_store
 
-METRICS = ("sdr", "sdri", "si_sdr", "si_sdri")
+METRICS = {"sdr": "SDR", "sdri": "SDRi", "si_sdr": "SI-SDR", "si_sdri": "SI-SDRi"}
 
 Row = dict[str, Any]  # of one sample: key, kind, query, each metric in dB and, with one interferer, `follows`
 Separate = Callable[[Batch], Tensor]  # complex spectrograms to estimated waveforms [B, C, L]
@@ -71,11 +72,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     system = load_system(config.checkpoint)
     batches = _open(config, system)
     device = Fabric(accelerator=config.accelerator, devices=1).device
-    separators = {"model": of_system(system.to(device), config.windows)}
+    separators: dict[str, Separate] = {"model": partial(system.to(device).estimate, windows=config.windows)}
     if config.baselines:
         torch.manual_seed(0)
         untrained = SeparationSystem(system.config, system.audio).eval().to(device)
-        separators["untrained"] = of_system(untrained, config.windows)
+        separators["untrained"] = partial(untrained.estimate, windows=config.windows)
         separators["half mask"] = lambda batch: system.target_and_mixture(batch)[1] / 2
         separators["ideal ratio mask"] = lambda batch: ideal_ratio_mask(batch, system)
     rows = {name: measure(system, separate, batches, device, name) for name, separate in separators.items()}
@@ -103,14 +104,6 @@ def _open(config: EvaluateConfig, system: SeparationSystem) -> Batches:
         )
     loader = LoaderConfig(batch_size=config.batch_size, shuffle=False, drop_last=False)
     return Batches(ShardLoader(config.shards, loader, storage=config.storage), encoder)
-
-
-def of_system(system: SeparationSystem, windows: tuple[int, ...] = ()) -> Separate:
-    def separate(batch: Batch) -> Tensor:
-        mixtures = {window: batch.mixture[window] for window in windows or system.config.windows}
-        return system.separate(mixtures, batch.condition, system.audio.length)
-
-    return separate
 
 
 def ideal_ratio_mask(batch: Batch, system: SeparationSystem) -> Tensor:
@@ -167,16 +160,16 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every separator overall, then the model by kind, for a terminal 100 columns wide."""
-    lines = [f"{'dB, mean [95%]':18}{'n':>5}" + "".join(f"{m.upper().replace('_', '-'):>20}" for m in METRICS[1:])]
-    lines[0] += f"{'median SI-SDRi':>16}{'follows':>9}"
+    """Every separator overall, then the model by kind, for a terminal."""
     groups = {name: result["overall"] for name, result in results.items()}
     groups |= {f"  {kind}": figures for kind, figures in results["model"].items() if kind != "overall"}
+    head = ("mean [95% interval], dB", "samples", *METRICS.values(), "median SI-SDRi", "queries followed")
+    widths = (25, 8, *(22 for _ in METRICS), 16, 18)
+    lines = [head[0].ljust(widths[0]) + "".join(map(str.rjust, head[1:], widths[1:]))]
     for name, figures in groups.items():
-        cells = "".join("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**figures[m]).rjust(20) for m in METRICS[1:])
-        rate = figures["query_following"]
-        follows = "-" if rate is None else f"{rate:.0%}"
-        lines.append(
-            f"{name:18}{figures['num_samples']:>5}{cells}{figures['si_sdri']['median']:>16.2f}{follows:>9}"
-        )
+        cells = [str(figures["num_samples"])]
+        cells += ["{mean:.2f} [{low:.2f}, {high:.2f}]".format(**figures[metric]) for metric in METRICS]
+        cells += [f"{figures['si_sdri']['median']:.2f}"]
+        cells += ["-" if figures["query_following"] is None else f"{figures['query_following']:.0%}"]
+        lines.append(name.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:])))
     return "\n".join(lines)

@@ -13,7 +13,7 @@ WINDOW_LENGTH, HOP_LENGTH = 1024, 256
 
 
 def spectrogram_figure(waveforms: Mapping[str, np.ndarray], sample_rate: int, title: str) -> Figure:
-    """The spectrograms of waveforms [L] side by side under their names, all on one scale in dB below the loudest bin."""
+    """The spectrograms of waveforms [L] side by side under their names, on one scale in dB below the loudest bin."""
     figure = Figure(figsize=(4 * len(waveforms) + 1, 3.6), layout="constrained")
     levels = {name: _level_db(waveform) for name, waveform in waveforms.items()}
     loudest = max(level.max() for level in levels.values())

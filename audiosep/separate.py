@@ -1,8 +1,8 @@
-"""`audiosep separate`: from a recording of any length, sample rate and channel count the sounds that a query describes."""
+"""`audiosep separate`: from a recording of any length, rate and channel count the sounds that a query describes."""
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,7 @@ from audiosep.system import SeparationSystem, load_system
 
 FADE_FLOOR = 1e-3  # least weight of a segment's sample, so that the recording's first and last one have some
 
+
 @dataclass(frozen=True)
 class SeparateConfig:
     """How a recording is separated."""
@@ -28,7 +29,7 @@ class SeparateConfig:
     checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run")]
     query: Annotated[str, Field(min_length=1, description="what to take out, in words")]
     output: Annotated[str, Field(description="audio file to write, with the mixture's rate and channels")]
-    queries: Annotated[QueryConfig, Field(description="encoder that the model was trained with")] = QueryConfig()
+    queries: QueryConfig = field(default_factory=QueryConfig)
     batch_size: Annotated[int, Field(gt=0, description="segments at a time")] = 8
     accelerator: Annotated[str, Field(description="Lightning's: auto, cpu, gpu")] = "auto"
 
@@ -78,16 +79,14 @@ def encode_query(query: str, config: QueryConfig, system: SeparationSystem) -> T
     encoder = make_encoder(config)
     if encoder.identity != system.audio.query_encoder:
         raise ValueError(
-            f"The model was trained with the query encoder {system.audio.query_encoder}, and this is {encoder.identity}: "
-            "it would not understand the query. Set queries.encoder and queries.checkpoint to the former."
+            f"The model was trained with the query encoder {system.audio.query_encoder} and would not understand a "
+            f"query from {encoder.identity}. Set queries.encoder and queries.checkpoint to the former."
         )
     return torch.from_numpy(encoder.encode([query])[0])
 
 
 @torch.inference_mode()
-def separate_waveform(
-    system: SeparationSystem, mixture: Tensor, condition: Tensor, batch_size: int = 8
-) -> Tensor:
+def separate_waveform(system: SeparationSystem, mixture: Tensor, condition: Tensor, batch_size: int = 8) -> Tensor:
     """The estimate [channels, L] of a mixture [channels, L] at the system's sample rate, each channel on its own.
 
     Segments of the length that the system was trained on overlap by half and are cross-faded."""

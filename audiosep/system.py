@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from audiosep.checkpoints import MODEL_PREFIX, read_checkpoint
+from audiosep.checkpoints import read_checkpoint
 from audiosep.config import build_config, plain
 from audiosep.losses import loss_by_name
 from audiosep.metrics import sdr, sdri, si_sdr, si_sdri
@@ -35,9 +35,9 @@ class OptimizerConfig:
         Field(description="linear, or upstream's default of 0.001, 0.01 and 0.1 of the rate, warm_up_steps each"),
     ] = "linear"
     warm_up_steps: Annotated[int, Field(ge=1, description="steps of the warm-up")] = 10_000
-    reduce_lr_steps: Annotated[int, Field(ge=1, description="steps after which a linear one falls to 0.9 of itself")] = (
-        1_000_000
-    )
+    reduce_lr_steps: Annotated[
+        int, Field(ge=1, description="steps after which a linear one falls to 0.9 of itself")
+    ] = 1_000_000
     clip_norm: Annotated[float, Field(gt=0, description="gradients of a larger norm are scaled down to it")] = 10.0
 
 
@@ -54,7 +54,7 @@ def learning_rate_scale(step: int, config: OptimizerConfig) -> float:
 class SystemConfig:
     """What is trained, and for what."""
 
-    model: ResUNetConfig = ResUNetConfig()
+    model: ResUNetConfig = field(default_factory=ResUNetConfig)
     loss: Annotated[str, Field(description="name, or sum of WEIGHT * NAME; losses.py lists them")] = "l1_stft_mag"
     window: Annotated[
         int | Literal["random", "all"],
@@ -64,7 +64,7 @@ class SystemConfig:
         Literal["mixture", "model"],
         Field(description="of the estimate; model: its own phase mask, trained on and used with complex shards only"),
     ] = "mixture"
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compile: Annotated[bool, Field(description="torch.compile the model")] = False
     channels_last: Annotated[bool, Field(description="keep images as [B, H, W, C] in memory, which is faster")] = True
 
@@ -148,7 +148,11 @@ class SeparationSystem(pl.LightningModule):
         """What this step trains on: the same on every rank, and again after a restart."""
         if self.config.window != "random":
             return self.config.windows
-        return (self.config.windows[np.random.default_rng((self._seed, self.global_step)).integers(len(self.config.windows))],)
+        return (
+            self.config.windows[
+                np.random.default_rng((self._seed, self.global_step)).integers(len(self.config.windows))
+            ],
+        )
 
     def _mean_loss(self, batch: Batch, windows: tuple[int, ...]) -> Tensor:
         losses = []
@@ -156,10 +160,10 @@ class SeparationSystem(pl.LightningModule):
             mixture, segment = batch.mixture[window], batch.segment[window]
             if self.config.phase == "mixture" and mixture.is_complex():
                 mixture, segment = mixture.abs(), segment.abs()
-            losses.append(self._loss(self._estimate(mixture, batch.condition), segment))
+            losses.append(self._loss(self._estimate(mixture, _condition(batch)), segment))
         return torch.stack(losses).mean()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         config = self.config.optimizer
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -182,8 +186,8 @@ class SeparationSystem(pl.LightningModule):
         loss = float(self.trainer.callback_metrics["train/loss"])
         file.write_text(json.dumps({"step": step, "loss": loss, "gradient_norm": str(norm), "keys": self._keys}))
         raise ValueError(
-            f"The gradient's norm is {norm} at step {step} (loss {loss}). The weights are still as before, and the keys "
-            f"of the samples are in {file}: look at them with `shards show`. If they are sound, lower "
+            f"The gradient's norm is {norm} at step {step} (loss {loss}). The weights are still as before, and the "
+            f"keys of the samples are in {file}: look at them with `shards show`. If they are sound, lower "
             "system.optimizer.learning_rate and start again from the last checkpoint."
         )
 
@@ -199,9 +203,12 @@ class SeparationSystem(pl.LightningModule):
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         """SDR, SDRi, SI-SDR and SI-SDRi [B] of the estimates for a batch of complex spectrograms, dB."""
-        mixtures = {window: batch.mixture[window] for window in self.config.windows}
-        estimate = self.separate(mixtures, batch.condition, self.audio.length)
-        return scores(estimate, *self.target_and_mixture(batch))
+        return scores(self.estimate(batch), *self.target_and_mixture(batch))
+
+    def estimate(self, batch: Batch, windows: tuple[int, ...] = ()) -> Tensor:
+        """The estimated waveforms [B, C, L] for a batch of complex spectrograms; `windows`: by default as trained."""
+        mixtures = {window: batch.mixture[window] for window in windows or self.config.windows}
+        return self.separate(mixtures, _condition(batch), self.audio.length)
 
     def target_and_mixture(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Their waveforms [B, C, L], from a batch of complex spectrograms."""
@@ -226,6 +233,11 @@ class SeparationSystem(pl.LightningModule):
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
         loop.batch_progress.total.ready = steps * self.trainer.accumulate_grad_batches
         loop._batches_that_stepped = steps  # the step that loggers are told
+
+
+def _condition(batch: Batch) -> Tensor:
+    assert batch.condition is not None, "Batches encodes what shards do not store"
+    return batch.condition
 
 
 def scores(estimate: Tensor, target: Tensor, mixture: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from audiosep.checkpoints import load_released
+from audiosep.checkpoints import load_released, read_checkpoint
 from audiosep.config import describe, load_config
 from audiosep.datamodule import DataConfig, ShardDataModule
 from audiosep.pictures import spectrogram_figure
@@ -55,7 +55,9 @@ class TrainerConfig:
     ] = None
     checkpoint_steps: Annotated[int, Field(gt=0, description="steps from one last.ckpt to the next")] = 1000
     validate_steps: Annotated[int, Field(gt=0, description="steps from one validation to the next")] = 1000
-    monitor: Annotated[str, Field(description="validation figure that best.ckpt and early stopping go by")] = "valid/loss"
+    monitor: Annotated[str, Field(description="validation figure that best.ckpt and early stopping go by")] = (
+        "valid/loss"
+    )
     patience: Annotated[
         int | None, Field(gt=0, description="validations without a better figure that end the run; none: go on")
     ] = None
@@ -68,10 +70,12 @@ class TrainConfig:
 
     root: Annotated[str, Field(description="folder of the run: checkpoints/ and TensorBoard logs")]
     data: DataConfig
-    system: SystemConfig = SystemConfig()
-    trainer: TrainerConfig = TrainerConfig()
+    system: SystemConfig = field(default_factory=SystemConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: Annotated[int, Field(ge=0, description="of initial weights and random windows")] = 0
-    start_from: Annotated[str, Field(description="released AudioSep checkpoint to fine-tune; empty: random weights")] = ""
+    start_from: Annotated[
+        str, Field(description="released AudioSep checkpoint to fine-tune; empty: random weights")
+    ] = ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -96,9 +100,13 @@ def train(config: TrainConfig) -> int:
     system, data = build(config)
     last = Path(config.root, "checkpoints", LAST)
     if last.exists():
-        print(f"Going on from {last}.", file=sys.stderr)
+        done = read_checkpoint(last)
+        if done["global_step"] == config.trainer.max_steps or done["ShardDataModule"]["epoch"] == data.num_epochs:
+            print(f"The run is complete: {last} is its step {done['global_step']}.", file=sys.stderr)
+            return DONE
+        print(f"Going on from {last}, step {done['global_step']}.", file=sys.stderr)
     keeper = LastCheckpoint(last, config.trainer.checkpoint_steps, config.trainer.max_hours)
-    trainer = make_trainer(config, keeper)
+    trainer = make_trainer(config, data, keeper)
     trainer.fit(system, data, ckpt_path=last if last.exists() else None, weights_only=True)
     return STOPPED if keeper.stopped else DONE
 
@@ -115,16 +123,19 @@ def build(config: TrainConfig) -> tuple[SeparationSystem, ShardDataModule]:
     return system, data
 
 
-def make_trainer(config: TrainConfig, keeper: "LastCheckpoint") -> pl.Trainer:
+def make_trainer(config: TrainConfig, data: ShardDataModule, keeper: "LastCheckpoint") -> pl.Trainer:
     """A Trainer for one Lightning epoch, which is the whole run: passes over the data are the loader's affair."""
     trainer, validated = config.trainer, bool(config.data.valid)
-    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=trainer.log_steps), Throughput(trainer.log_steps)]
+    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=trainer.log_steps), Throughput(data, trainer.log_steps)]
     if trainer.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=trainer.ema_decay))  # before whatever saves its average
     if validated:
         mode: Literal["min", "max"] = "min" if trainer.monitor == "valid/loss" else "max"
         folder, name = keeper.path.parent, Path(BEST).stem
-        callbacks += [Examples(), ModelCheckpoint(folder, name, trainer.monitor, mode=mode, enable_version_counter=False)]
+        callbacks += [
+            Examples(),
+            ModelCheckpoint(folder, name, trainer.monitor, mode=mode, enable_version_counter=False),
+        ]
         if trainer.patience:
             callbacks.append(EarlyStopping(trainer.monitor, mode=mode, patience=trainer.patience))
     plugins: list[Any] = [DurableCheckpoints()]
@@ -220,15 +231,15 @@ class LastCheckpoint(Callback):
 class Throughput(Callback):
     """Logs samples/s, and the share of the time for which training waited for data; validation is not counted."""
 
-    def __init__(self, every_steps: int) -> None:
-        self._every_steps = every_steps
+    def __init__(self, data: ShardDataModule, every_steps: int) -> None:
+        self._data, self._every_steps = data, every_steps
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer)
 
     def _begin(self, trainer: pl.Trainer) -> None:
         self._step, self._samples = trainer.global_step, 0
-        self._started, self._waited = time.perf_counter(), trainer.datamodule.wait_seconds
+        self._started, self._waited = time.perf_counter(), self._data.wait_seconds
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -236,7 +247,7 @@ class Throughput(Callback):
         self._samples += len(batch.keys) * trainer.world_size
         if trainer.global_step >= self._step + self._every_steps:
             seconds = time.perf_counter() - self._started
-            waited = trainer.datamodule.wait_seconds - self._waited
+            waited = self._data.wait_seconds - self._waited
             pl_module.log("train/samples_per_second", self._samples / seconds)
             pl_module.log("train/data_wait_share", waited / seconds)
             self._begin(trainer)
@@ -252,14 +263,15 @@ class Examples(Callback):
     """Shows the first validation sample in TensorBoard: mixture, estimate and target, to hear and to see."""
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: SeparationSystem, outputs: Any, batch: Batch, batch_idx: int, *_: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int, *_: Any
     ) -> None:
+        assert isinstance(pl_module, SeparationSystem)
         if batch_idx or not trainer.is_global_zero or not batch.mixture[pl_module.config.windows[0]].is_complex():
             return
         target, mixture = pl_module.target_and_mixture(batch)
-        estimate = pl_module.separate(batch.mixture, batch.condition, pl_module.audio.length)
-        waveforms = {"mixture": mixture, "estimate": estimate, "target": target}
+        waveforms = {"mixture": mixture, "estimate": pl_module.estimate(batch), "target": target}
         pictured = {name: waveform[0].mean(0).float().cpu().numpy() for name, waveform in waveforms.items()}
+        assert isinstance(trainer.logger, TensorBoardLogger)
         board, rate = trainer.logger.experiment, pl_module.audio.sample_rate
         for name, waveform in pictured.items():
             board.add_audio(f"example/{name}", waveform, trainer.global_step, rate)
@@ -272,7 +284,7 @@ def plan(config: TrainConfig) -> str:
         few = replace(config.trainer, max_steps=6, log_steps=3, ema_decay=None)
         probe = replace(config, root=folder, trainer=few, data=replace(config.data, ledger="", valid=""))
         system, data = build(probe)
-        trainer = make_trainer(probe, LastCheckpoint(Path(folder, LAST), every_steps=1000))
+        trainer = make_trainer(probe, data, LastCheckpoint(Path(folder, LAST), every_steps=1000))
         trainer.fit(system, data)
         speed = float(trainer.callback_metrics["train/samples_per_second"])
     loader, limits = config.data.loader, config.trainer
@@ -288,8 +300,8 @@ def plan(config: TrainConfig) -> str:
         (
             f"model   {num_parameters:,} parameters, windows {', '.join(map(str, config.system.windows))}",
             f"data    {stored:,} samples, {num_bytes / 1e9:,.2f} GB in {', '.join(data.roots)}",
-            f"steps   {num_steps:,} of {batch_size} samples ({loader.batch_size} on each of {trainer.world_size} ranks, "
-            f"{limits.accumulate_batches} batches a step)",
+            f"steps   {num_steps:,} of {batch_size} samples ({loader.batch_size} on each of {trainer.world_size} ranks,"
+            f" {limits.accumulate_batches} batches a step)",
             f"reads   {num_samples:,} samples, {num_samples / stored:.1f} passes, "
             f"{num_samples * num_bytes / stored / 1e9:,.1f} GB",
             f"speed   {speed:,.1f} samples/s measured here",

@@ -1,0 +1,212 @@
+"""Training that starts, stops, dies and goes on: the same weights and the same samples as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training_data import config_of, make_shards, served, settings
+
+from audiosep.checkpoints import read_checkpoint
+from audiosep.resunet import ResUNet30
+from audiosep.system import load_system
+from audiosep.train import main, train
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "train", 100)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "valid", 10, "complex")
+
+
+def weights(root: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    return read_checkpoint(root / "checkpoints" / name)["state_dict"]
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def start(file: Path, config: dict) -> subprocess.Popen[bytes]:
+    file.write_text(yaml.safe_dump(config))
+    return subprocess.Popen([sys.executable, "-m", "audiosep.cli", "train", "--config", str(file)])
+
+
+def wait_for(condition, process: subprocess.Popen[bytes]) -> None:
+    while not condition():
+        assert process.poll() is None, f"it ended by itself with status {process.returncode}"
+        time.sleep(0.002)
+
+
+def num_served(folder: Path) -> int:
+    file = folder / "rank-00000.jsonl"
+    return file.read_bytes().count(b'"keys"') if file.exists() else 0
+
+
+def test_killed_in_mid_epoch_ends_in_the_same_weights_with_each_sample_once(tmp_path: Path, shards: Path, valid: Path):
+    # 100 samples in batches of 8 are 12 steps an epoch; validation and EMA must come through a kill, too.
+    limits = {"max_epochs": 20, "checkpoint_steps": 7, "validate_steps": 20, "ema_decay": 0.9}
+    whole = settings(tmp_path / "whole", shards, valid, **limits)
+    assert train(config_of(whole)) == 0
+
+    killed = settings(tmp_path / "killed", shards, valid, **limits)
+    ledger = tmp_path / "ledger"
+    killed["data"]["ledger"] = str(ledger)
+    process = start(tmp_path / "config.yaml", killed)
+    wait_for(lambda: num_served(ledger) > 40, process)
+    process.kill()
+    process.wait()
+    at_kill = num_served(ledger)
+    assert 40 < at_kill < 240
+    assert train(config_of(killed)) == 0
+
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert_equal(
+        read_checkpoint(tmp_path / "whole/checkpoints/last.ckpt")["current_model_state"],
+        read_checkpoint(tmp_path / "killed/checkpoints/last.ckpt")["current_model_state"],
+    )
+    assert_equal(weights(tmp_path / "whole", "best.ckpt"), weights(tmp_path / "killed", "best.ckpt"))
+
+    epochs: dict[int, list[str]] = {}
+    for place, batches in served(ledger):
+        keys = epochs.setdefault(place["epoch"], [])
+        replayed = len(keys) - place["samples"]
+        assert 0 <= replayed <= 8 * 8  # never more than since the last checkpoint
+        del keys[place["samples"] :]
+        keys += [key for batch in batches for key in batch]
+    assert sorted(epochs) == list(range(20))
+    assert all(len(keys) == len(set(keys)) == 96 for keys in epochs.values())
+
+
+def test_a_stop_signal_saves_the_step_and_says_so(tmp_path: Path, shards: Path):
+    config = settings(tmp_path / "run", shards, max_epochs=10_000, checkpoint_steps=10**6)
+    config["data"]["ledger"] = str(tmp_path / "ledger")
+    process = start(tmp_path / "config.yaml", config)
+    wait_for(lambda: num_served(tmp_path / "ledger") > 10, process)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
+    state = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    place = state["ShardDataModule"]
+    assert place["epoch"] * 12 * 8 + place["samples"] == state["global_step"] * 8 == num_served(tmp_path / "ledger") * 8
+
+
+def test_goes_on_with_another_batch_size_from_the_very_next_sample(tmp_path: Path, shards: Path):
+    config = settings(tmp_path / "run", shards, max_steps=5)
+    config["data"]["ledger"] = str(tmp_path / "ledger")
+    assert train(config_of(config)) == 0
+    config["data"]["loader"]["batch_size"] = 4
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 1}
+    assert train(config_of(config)) == 0
+    (_, first), (place, second) = served(tmp_path / "ledger")
+    assert place["samples"] == 5 * 8
+    assert [len(first), len(second)] == [5, 15]
+    assert len({key for batch in first + second for key in batch}) == 100
+    before = Path(tmp_path / "run/checkpoints/last.ckpt").read_bytes()
+    assert train(config_of(config)) == 0  # complete: nothing is done again
+    assert Path(tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch):
+    freeze_norms(monkeypatch)
+    large, small = settings(tmp_path / "large", shards, max_steps=8), settings(tmp_path / "small", shards, max_steps=8)
+    small["data"]["loader"]["batch_size"] = 4
+    small["trainer"]["accumulate_batches"] = 2
+    assert train(config_of(large)) == train(config_of(small)) == 0
+    one, other = weights(tmp_path / "large"), weights(tmp_path / "small")
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def freeze_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch statistics would depend on how a global batch is cut."""
+    forward = ResUNet30.forward
+
+    def frozen(self, batch):
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+                module.eval()
+        return forward(self, batch)
+
+    monkeypatch.setattr(ResUNet30, "forward", frozen)
+
+
+TWO_RANKS = """
+import sys, pytest
+sys.path.insert(0, {tests!r})
+from test_train import freeze_norms
+from audiosep.train import main
+freeze_norms(pytest.MonkeyPatch())
+sys.exit(main(["--config", {config!r}]))
+"""
+
+
+def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch):
+    freeze_norms(monkeypatch)
+    one = settings(tmp_path / "one", shards, max_steps=20)
+    assert train(config_of(one)) == 0
+    two = settings(tmp_path / "two", shards, max_steps=20)
+    two["data"]["loader"]["batch_size"] = 4
+    two["trainer"]["devices"] = 2
+    config, script = tmp_path / "two.yaml", tmp_path / "two.py"
+    config.write_text(yaml.safe_dump(two))
+    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), config=str(config)))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MASTER_ADDR": "127.0.0.1"}
+    subprocess.run([sys.executable, str(script)], check=True, timeout=300, env=environment)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_keys(tmp_path: Path):
+    spoiled = make_shards(tmp_path / "spoiled", 40, spoil=17)
+    config = settings(tmp_path / "run", spoiled, max_epochs=1, checkpoint_steps=1)
+    with pytest.raises(ValueError, match="norm is nan"):
+        train(config_of(config))
+    (report,) = (tmp_path / "run").glob("bad-gradient-*.json")
+    assert f"{17:09d}" in json.loads(report.read_text())["keys"]
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert not last.exists() or all(x.isfinite().all() for x in weights(tmp_path / "run").values() if x.is_floating_point())
+
+
+def test_it_learns_logs_validates_and_stops_early(tmp_path: Path, shards: Path, valid: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = settings(
+        tmp_path / "run", shards, valid, max_epochs=30, validate_steps=60, monitor="valid/si_sdri", patience=100
+    )
+    assert train(config_of(config)) == 0
+    events = EventAccumulator(str(tmp_path / "run/logs")).Reload()
+    scalars = {"train/loss", "train/gradient_norm", "train/learning_rate", "train/samples_per_second"}
+    scalars |= {"train/data_wait_share", "valid/loss", "valid/sdr", "valid/sdri", "valid/si_sdr", "valid/si_sdri"}
+    assert scalars <= set(events.Tags()["scalars"])
+    assert {"example/mixture", "example/estimate", "example/target"} == set(events.Tags()["audio"])
+    assert events.Tags()["images"] == ["example"]
+    assert max(event.value for event in events.Scalars("valid/si_sdri")) > 6
+    assert 0 <= events.Scalars("train/data_wait_share")[-1].value <= 1
+    best = load_system(tmp_path / "run/checkpoints/best.ckpt")
+    assert best.audio.query_encoder == "test:tones"
+
+    impatient = settings(tmp_path / "stopped", shards, valid, max_epochs=50, validate_steps=5, patience=1)
+    impatient["system"]["optimizer"]["learning_rate"] = 1e-12
+    assert train(config_of(impatient)) == 0
+    assert read_checkpoint(tmp_path / "stopped/checkpoints/last.ckpt")["global_step"] < 100
+
+
+def test_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]):
+    config = settings(tmp_path / "run", shards, max_epochs=3, accumulate_batches=2)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert main(["--config", str(file), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "18 of 16 samples" in printed
+    assert "samples/s measured here" in printed
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_data import config_of, make_shards, served, settings
 
 from audiosep.checkpoints import read_checkpoint
@@ -56,7 +57,7 @@ def num_served(folder: Path) -> int:
 
 def test_killed_in_mid_epoch_ends_in_the_same_weights_with_each_sample_once(tmp_path: Path, shards: Path, valid: Path):
     # 100 samples in batches of 8 are 12 steps an epoch; validation and EMA must come through a kill, too.
-    limits = {"max_epochs": 20, "checkpoint_steps": 7, "validate_steps": 20, "ema_decay": 0.9}
+    limits = {"max_epochs": 10, "checkpoint_steps": 7, "validate_steps": 40, "ema_decay": 0.9}
     whole = settings(tmp_path / "whole", shards, valid, **limits)
     assert train(config_of(whole)) == 0
 
@@ -68,7 +69,7 @@ def test_killed_in_mid_epoch_ends_in_the_same_weights_with_each_sample_once(tmp_
     process.kill()
     process.wait()
     at_kill = num_served(ledger)
-    assert 40 < at_kill < 240
+    assert 40 < at_kill < 120
     assert train(config_of(killed)) == 0
 
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
@@ -85,7 +86,7 @@ def test_killed_in_mid_epoch_ends_in_the_same_weights_with_each_sample_once(tmp_
         assert 0 <= replayed <= 8 * 8  # never more than since the last checkpoint
         del keys[place["samples"] :]
         keys += [key for batch in batches for key in batch]
-    assert sorted(epochs) == list(range(20))
+    assert sorted(epochs) == list(range(10))
     assert all(len(keys) == len(set(keys)) == 96 for keys in epochs.values())
 
 
@@ -127,6 +128,10 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path, shards: Path,
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
+def curve(root: Path, name: str) -> list[float]:
+    return [event.value for event in EventAccumulator(str(root / "logs")).Reload().Scalars(name)]
+
+
 def freeze_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch statistics would depend on how a global batch is cut."""
     forward = ResUNet30.forward
@@ -150,11 +155,13 @@ sys.exit(main(["--config", {config!r}]))
 """
 
 
-def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_ranks_equal_one_with_the_same_global_batch(
+    tmp_path: Path, shards: Path, valid: Path, monkeypatch: pytest.MonkeyPatch
+):
     freeze_norms(monkeypatch)
-    one = settings(tmp_path / "one", shards, max_steps=20)
+    one = settings(tmp_path / "one", shards, valid, max_steps=20, validate_steps=2)
     assert train(config_of(one)) == 0
-    two = settings(tmp_path / "two", shards, max_steps=20)
+    two = settings(tmp_path / "two", shards, valid, max_steps=20, validate_steps=2)
     two["data"]["loader"]["batch_size"] = 4
     two["trainer"]["devices"] = 2
     config, script = tmp_path / "two.yaml", tmp_path / "two.py"
@@ -162,8 +169,10 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, shards: 
     script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), config=str(config)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MASTER_ADDR": "127.0.0.1"}
     subprocess.run([sys.executable, str(script)], check=True, timeout=300, env=environment)
-    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    for name in ("valid/loss", "valid/si_sdr"):  # over 10 samples: ranks have 4 and 4, then 2 and none
+        ours, theirs = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
+        assert len(ours) == 10
+        assert theirs == pytest.approx(ours, abs=1e-5 if name == "valid/loss" else 1e-3)
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_keys(tmp_path: Path):
@@ -174,12 +183,12 @@ def test_a_gradient_that_is_not_finite_stops_with_the_keys(tmp_path: Path):
     (report,) = (tmp_path / "run").glob("bad-gradient-*.json")
     assert f"{17:09d}" in json.loads(report.read_text())["keys"]
     last = tmp_path / "run/checkpoints/last.ckpt"
-    assert not last.exists() or all(x.isfinite().all() for x in weights(tmp_path / "run").values() if x.is_floating_point())
+    assert not last.exists() or all(
+        x.isfinite().all() for x in weights(tmp_path / "run").values() if x.is_floating_point()
+    )
 
 
 def test_it_learns_logs_validates_and_stops_early(tmp_path: Path, shards: Path, valid: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     config = settings(
         tmp_path / "run", shards, valid, max_epochs=30, validate_steps=60, monitor="valid/si_sdri", patience=100
     )

@@ -1,5 +1,6 @@
 """Sealed shards that a tiny model can learn from: low tones mixed with high ones, asked for by one-hot conditions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def make_sample(index: int, windows: tuple[int, ...], representation: str) -> Sa
     for window in windows:
         for name, wave in (("stft_mixture", asked + other), ("stft_segment", asked)):
             spectrogram = stft(wave, window, HOP_LENGTH)
-            planes = torch.stack((spectrogram.real, spectrogram.imag)) if representation == "complex" else spectrogram.abs()
+            planes = (
+                torch.stack((spectrogram.real, spectrogram.imag)) if representation == "complex" else spectrogram.abs()
+            )
             arrays[f"{name}.{window}"] = planes.numpy().astype(np.float16)
     arrays["condition"] = np.eye(4, dtype=np.float16)[index % 2]
     kinds = KINDS[index % 2], KINDS[1 - index % 2]
@@ -64,9 +67,7 @@ def make_shards(
         for sample in samples:
             if int(sample.key) == spoil:
                 sample.arrays[f"stft_segment.{windows[0]}"][:] = np.nan
-        write_shard(
-            store, plan.shard_name(shard), samples, num_samples=len(samples), spec_digest=plan.spec_digest
-        )
+        write_shard(store, plan.shard_name(shard), samples, num_samples=len(samples), spec_digest=plan.spec_digest)
     seal(store)
     return root
 
@@ -91,8 +92,6 @@ def config_of(data: dict[str, Any]) -> TrainConfig:
 
 def served(folder: Path, rank: int = 0) -> list[tuple[dict[str, Any], list[list[str]]]]:
     """A ledger's readings: where each took up the order, and the keys of its batches."""
-    import json
-
     readings: list[tuple[dict[str, Any], list[list[str]]]] = []
     for line in (folder / f"rank-{rank:05d}.jsonl").read_text().splitlines():
         entry = json.loads(line)

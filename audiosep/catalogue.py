@@ -26,6 +26,7 @@ class Clip:
     """One clip of a catalogue."""
 
     number: int  # its place in the catalogue
+    file: int  # which of the catalogue files lists it
     path: str  # as the catalogue has it
     location: str  # where it is: a path or URL
     captions: tuple[str, ...]  # phrasings of one description
@@ -72,15 +73,11 @@ class Catalogue:
         first = int(self.caption_ends[number - 1]) if number else 0
         captions = tuple(self.texts["caption"][i] for i in range(first, int(self.caption_ends[number])))
         texts = {name: self.texts[name][number] for name in TEXT_COLUMNS}
-        folder = self.folders[self.file_of(number)]
+        file = int(np.searchsorted(self.starts, number, side="right")) - 1
         offset, size = map(int, self.byte_ranges[number])
         byte_range = None if size < 0 else (offset, size)
-        location = resolve(texts["path"], folder)
-        return Clip(number=number, location=location, captions=captions, byte_range=byte_range, **texts)
-
-    def file_of(self, number: int) -> int:
-        """Which of the catalogue files lists this clip."""
-        return int(np.searchsorted(self.starts, number, side="right")) - 1
+        location = resolve(texts["path"], self.folders[file])
+        return Clip(number, file, location=location, captions=captions, byte_range=byte_range, **texts)
 
     def save(self, folder: Path) -> None:
         for name, column in self.texts.items():

@@ -58,15 +58,30 @@ def read_crop(clip: Clip, fraction: float, config: ClipConfig) -> tuple[np.ndarr
         seconds = file.frames / file.samplerate
         if seconds < config.min_clip_seconds:
             raise Rejection("short", f"{seconds:.3f} s")
-        available = file.frames * config.sample_rate // file.samplerate
-        offset = int(fraction * (max(available - config.length, 0) + 1))
-        crop = _decode(file, offset, min(config.length, available), config)
+        offset = int(fraction * (max(_length(file, config) - config.length, 0) + 1))
+        crop = _crop(file, offset, config)
     if not np.isfinite(crop).all():
         raise Rejection("not finite", "NaN or infinite samples")
     peak = float(max(crop.max(), -crop.min()))
     if peak < 10 ** (config.silence_dbfs / 20):
         raise Rejection("silent", f"peak {peak:.2g} from sample {offset} on")
-    return np.pad(crop, (0, config.length - len(crop))) if len(crop) < config.length else crop, offset
+    return crop, offset
+
+
+def read_crop_at(clip: Clip, offset: int, config: ClipConfig) -> np.ndarray:
+    """The crop that `read_crop` once found at `offset`. Raises Rejection if there is no such audio any more."""
+    with _open(clip) as file:
+        return _crop(file, offset, config)
+
+
+def _length(file: soundfile.SoundFile, config: ClipConfig) -> int:
+    """Samples of the whole clip at the config's rate."""
+    return file.frames * config.sample_rate // file.samplerate
+
+
+def _crop(file: soundfile.SoundFile, offset: int, config: ClipConfig) -> np.ndarray:
+    crop = _decode(file, offset, min(config.length, _length(file, config) - offset), config)
+    return np.pad(crop, (0, config.length - len(crop))) if len(crop) < config.length else crop
 
 
 def _open(clip: Clip) -> soundfile.SoundFile:

@@ -19,9 +19,10 @@ from audiosep.stft import Precision, Representation, StftConfig
 from shards.manifest import SPEC, Plan, bind, read_plan, survey
 from shards.record import Record, examine
 from shards.storage import StorageConfig, Store, open_store
-from shards.tar import Sample
+from shards.tar import Sample, canonical_json
 from shards.writer import write_shard
 
+ORIGIN = "origin.json"  # where the clips were when the data set was begun
 MAX_REPLACEMENTS = 100  # for one source, until so many clips in a row were rejected that the audio must be elsewhere
 TOLERANT_SAMPLES = 1000  # below so many, a share of rejections says little
 
@@ -118,6 +119,8 @@ class Dataset:
         self._device = self._choose_device()
         self._queries = make_encoder(config.queries, self._device) if config.queries else None
         num_samples = config.shards.num_samples or config.shards.passes * self.recipes.samples_per_pass
+        # For people and for `audiosep explain`; no part of the spec, since clips may be moved.
+        self.store.create(ORIGIN, canonical_json({"folders": catalogue.folders}))
         self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard)
 
     def _spec(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def describe(rendered: Rendered) -> dict[str, Any]:
 
 def _describe_source(source: Source, offset: int, gain_db: int | None) -> dict[str, Any]:
     clip = source.clip
-    described: dict[str, Any] = {"clip": clip.path, "caption": source.caption, "offset": offset}
+    described: dict[str, Any] = {"clip": clip.path, "catalogue": clip.file, "caption": source.caption, "offset": offset}
     described |= {"kind": clip.kind, "source": clip.source, "author": clip.author, "licence": clip.licence}
     described["recording"] = clip.recording
     if clip.byte_range:

@@ -52,7 +52,7 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path):
         {write(tmp_path / "here", ".csv"): 1, write(tmp_path / "there", ".csv"): 2}, check_files=False
     )
     assert both.digest != one.digest
-    assert [both.file_of(number) for number in range(4)] == [0, 0, 1, 1]
+    assert [both.clip(number).file for number in range(4)] == [0, 0, 1, 1]
     assert both.clip(2).location == str(tmp_path / "there/a b/ünï.wav")
 
 

@@ -13,7 +13,7 @@ CONFIG = ClipConfig(segment_seconds=1.0, min_clip_seconds=0.5)
 
 
 def clip_of(path, byte_range=None):
-    return Clip(0, str(path), str(path), ("a sound",), "", "", "", "", "", byte_range)
+    return Clip(0, 0, str(path), str(path), ("a sound",), "", "", "", "", "", byte_range)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.37, 0.999999])

@@ -232,7 +232,7 @@ def test_audio_that_is_elsewhere_commits_nothing(tmp_path, capsys):
     shutil.rmtree(tmp_path / "audio" / "clips")
     assert main(["--config", config]) == 3
     assert "clips in a row were rejected" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["spec.json"]
+    assert [path.name for path in sorted((tmp_path / "root").iterdir())] == ["origin.json", "spec.json"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])

@@ -169,7 +169,7 @@ def show_command(arguments: Sequence[str]) -> int:
     store = _open(options)
     manifest = load_manifest(store)
     sample = read_sample(store, manifest, options.sample)
-    shard, row = divmod(options.sample, manifest.plan.samples_per_shard)
+    shard, row = manifest.locate(options.sample)
     print(f"{sample.key}, row {row} of {manifest.shard_name(shard)}.tar")
     print(json.dumps(sample.text, indent=2, ensure_ascii=False))
     for field in manifest.fields:

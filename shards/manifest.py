@@ -273,14 +273,11 @@ class Manifest:
     def num_shards(self) -> int:
         return self.plan.num_shards
 
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """int64 [num_shards + 1]: the index of each shard's first sample, and the number of all."""
-        return np.minimum(np.arange(self.num_shards + 1) * self.plan.samples_per_shard, self.num_samples)
-
-    def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard and row of each sample index."""
-        return np.divmod(samples, self.plan.samples_per_shard)
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Shard and row of a sample. Raises ValueError for one that is not there."""
+        if not 0 <= sample < self.num_samples:
+            raise ValueError(f"{self.url} has samples 0 to {self.num_samples - 1}, not {sample}.")
+        return divmod(sample, self.plan.samples_per_shard)
 
     def shard_name(self, index: int) -> str:
         return self.plan.shard_name(index)

@@ -109,16 +109,13 @@ class SampleReader:
 
     def place(self, sample: int) -> str:
         """Where a sample stands, for people."""
-        shard, row = self._locate(sample)
+        shard, row = self.manifest.locate(sample)
         return f"sample {sample} (row {row} of {self.manifest.url}/{self.manifest.shard_name(shard)}.tar)"
-
-    def _locate(self, sample: int) -> tuple[int, int]:
-        return divmod(sample, self.manifest.plan.samples_per_shard)
 
     def _read_again(
         self, sample: int, rows: Sequence[memoryview], scratch: memoryview
     ) -> tuple[str, dict[str, Any]] | CorruptSampleError:
-        self.store.forget(f"{self.manifest.shard_name(self._locate(sample)[0])}.tar")
+        self.store.forget(f"{self.manifest.shard_name(self.manifest.locate(sample)[0])}.tar")
         try:
             return self._parse(self._fetch(sample, rows, scratch), scratch)
         except _DAMAGE as error:
@@ -129,7 +126,7 @@ class SampleReader:
 
     def _fetch(self, sample: int, rows: Sequence[memoryview], scratch: memoryview) -> tuple[str, int, int]:
         """Read a sample's bytes into rows and scratch; returns where they stand: name, offset and size."""
-        shard, row = self._locate(sample)
+        shard, row = self.manifest.locate(sample)
         name = f"{self.manifest.shard_name(shard)}.tar"
         offset, size, checksum = self._index(shard)[row].tolist()
         head_bytes = size - self._rest_bytes

@@ -142,9 +142,7 @@ def read_sample(store: Store, manifest: Manifest, index: int) -> Sample:
     """Sample `index` of a sealed data set, checked like in `verify`; bfloat16 tensors as their bits in uint16.
 
     For looking at single samples; `ShardLoader` is for many. Raises ValueError, EOFError or FileNotFoundError."""
-    if not 0 <= index < manifest.num_samples:
-        raise ValueError(f"{manifest.url} has samples 0 to {manifest.num_samples - 1}, not {index}.")
-    shard, row = divmod(index, manifest.plan.samples_per_shard)
+    shard, row = manifest.locate(index)
     name = manifest.shard_name(shard)
     entries = manifest.read_index(store, shard)
     offset, size, checksum = entries[row].tolist()

@@ -362,9 +362,9 @@ FILE_DAMAGE = (flip, flip, flip, cut, cut, grow, lose_a_page, swap_samples, fore
 SAMPLE_DAMAGE = (bad_header, bad_npy, bad_json, bad_members, flip_outside_payload)
 
 
-def test_damaged_files_are_found_and_never_served(damaged):
+def test_damaged_files_are_found_and_never_served(damaged, longer):
     rng = random.Random(1)
-    for _ in range(5_000):
+    for _ in range(5_000 * longer):
         damage, files = rng.choice(FILE_DAMAGE), {}
         while files.items() <= damaged.files.items():  # nothing has changed
             files = damage(rng, damaged)
@@ -385,10 +385,10 @@ def test_damaged_files_are_found_and_never_served(damaged):
     assert not verify(damaged.store).bad
 
 
-def test_malformed_samples_are_found_and_never_served_although_all_checksums_are_right(damaged):
+def test_malformed_samples_are_found_and_never_served_although_all_checksums_are_right(damaged, longer):
     rng = random.Random(2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(5_000):
+    for _ in range(5_000 * longer):
         damage, row = rng.choice(SAMPLE_DAMAGE), rng.randrange(ROWS)
         samples = damaged.samples.copy()
         while samples == damaged.samples:

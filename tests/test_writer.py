@@ -240,7 +240,7 @@ def test_an_error_at_any_write_step_is_raised_and_leaves_no_temporary(root, refe
         assert tree(root) == reference
 
 
-def test_killed_writers_leave_nothing_that_the_next_run_does_not_mend(memory):
+def test_killed_writers_leave_nothing_that_the_next_run_does_not_mend(memory, longer):
     root, rng, kills = memory / "root", random.Random(0), 0
 
     def run(root):
@@ -254,7 +254,7 @@ def test_killed_writers_leave_nothing_that_the_next_run_does_not_mend(memory):
     started = time.perf_counter()
     assert status(start(lambda: run(memory / "reference"))) == 0
     whole_seconds = time.perf_counter() - started
-    while kills < 100:
+    while kills < 50 * longer:
         child = start(lambda: run(root))
         time.sleep(rng.uniform(0, whole_seconds))
         os.kill(child, signal.SIGKILL)
@@ -269,13 +269,16 @@ def test_killed_writers_leave_nothing_that_the_next_run_does_not_mend(memory):
     assert tree(root) == tree(memory / "reference")
 
 
-def test_two_writers_of_one_shard_do_no_harm(root, reference):
+@pytest.mark.parametrize("jump_seconds", [0, -1e9, 1e9])
+def test_two_writers_of_one_shard_do_no_harm_whatever_the_clock_says(root, reference, monkeypatch, jump_seconds):
     store = open_store(root)
     plan = bind(store, {"seed": 0}, 4, 4)
+    now = time.time()
 
     def interrupted_by_another_writer():
         for number, sample in enumerate(make_samples(range(4))):
             if number == 2:
+                monkeypatch.setattr(time, "time", lambda: now + jump_seconds)
                 rewrite(root)
             yield sample
 

@@ -1,0 +1,300 @@
+"""The stages of reading as ordinary webdataset stages, and sequential reading of tars that nobody indexed.
+
+Two ways begin here. `ShardSource` is the first stage of a webdataset.DataPipeline over a sealed data set. And
+`SequentialLoader` reads any webdataset tars of .npy and .json members from their beginning to their end: files of
+strangers, `pipe:` commands, places without random access. Both end in `collate`, so their batches are alike."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+from typing import Any, BinaryIO, cast
+
+import braceexpand
+import numpy as np
+import torch
+import torch.distributed
+import webdataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from shards.batches import Batch
+from shards.loader import ShardLoader
+from shards.manifest import Manifest
+from shards.order import Permutation
+from shards.storage import open_store
+from shards.tar import Sample, members, parse_npy, parse_text
+
+log = logging.getLogger(__name__)
+
+NO_END = 1 << 62  # stands for the length of a stream, which is known only behind its end
+
+
+class ShardSource(IterableDataset):
+    """First stage of a webdataset.DataPipeline: the samples of a sealed data set as decoded webdataset samples.
+
+        webdataset.DataPipeline(ShardSource(root), webdataset.map(...), webdataset.batched(16, collation_fn=...))
+
+    Every iteration is the next epoch, split exactly over ranks and DataLoader workers. A sample is {"__key__", "json":
+    dict, "<field>.npy": array}; its arrays live in reused memory, which is theirs for as long as they live."""
+
+    def __init__(self, source: Any, *, rank: int = 0, world_size: int = 1, **options: Any) -> None:
+        """`source` and `options` as for ShardLoader."""
+        super().__init__()
+        self._make_loader = partial(ShardLoader, source, batch_size=1, **options)
+        self._rank, self._world_size = rank, world_size
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        index, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        loader = self._make_loader(rank=self._rank * count + index, world_size=self._world_size * count)
+        loader.set_epoch(self.epoch)
+        self.epoch += 1
+        for batch in loader:
+            if batch.valid[0]:
+                arrays = {f"{name}.npy": tensor[0].numpy() for name, tensor in batch.arrays.items()}
+                yield {"__key__": batch.keys[0], "json": batch.text[0], **arrays}
+
+
+class SequentialLoader:
+    """Batches of one rank from tars read from beginning to end, each tar by one rank.
+
+    All ranks make the same number of steps: `num_batches` each if it is given (tars are then repeated as needed), and
+    otherwise as many as the ranks agree on before every step, by torch.distributed. What goes beyond is left out in
+    training; in evaluation (`drop_last` False) ranks that have run out repeat rows that are not `valid` instead.
+
+    Damage is an error: a tar that ends early, a sample that lacks a tensor, a shard of a sealed data set with other
+    than its number of samples. What cannot be had from a stream is a place to resume at: an epoch that was interrupted
+    begins again. Use ShardLoader where there is an index."""
+
+    def __init__(
+        self,
+        source: str | Sequence[str] | Manifest,
+        *,
+        batch_size: int,
+        fields: Sequence[str] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        shuffle_samples: int = 0,
+        num_batches: int | None = None,
+        num_workers: int = 0,
+        drop_last: bool = True,
+        stages: Sequence[Callable[[Iterable[Sample]], Iterable[Sample]]] = (),
+    ) -> None:
+        """`source`: URLs as webdataset opens them, with braces expanded; or the manifest of a sealed data set.
+
+        `shuffle`: the order of the tars; `shuffle_samples`: size of webdataset's shuffle buffer behind it. `stages`
+        stand between decode and collate."""
+        self._shards = _shards(source)
+        num_readers = world_size * max(1, num_workers)
+        if len(self._shards) < num_readers:
+            raise ValueError(
+                f"{len(self._shards)} tars cannot feed {num_readers} readers ({world_size} ranks with {num_workers} "
+                "workers): one would have nothing and all would wait for it. Use fewer, or more tars."
+            )
+        in_step = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if world_size > 1 and num_batches is None and not in_step:
+            raise ValueError(
+                f"{world_size} ranks read tars whose samples nobody has counted: give num_batches, or initialise "
+                "torch.distributed so that the ranks can agree on when to stop."
+            )
+        log.warning("Sequential reading cannot resume within an epoch: after a restart the epoch begins again.")
+        self.epoch = 0
+        self._batch_size, self._fields, self._stages = batch_size, fields, stages
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._shuffle, self._shuffle_samples = seed, shuffle, shuffle_samples
+        self._num_batches, self._num_workers, self._drop_last = num_batches, num_workers, drop_last
+        self._group = torch.distributed.new_group(backend="gloo") if in_step and num_batches is None else None
+
+    def __len__(self) -> int:
+        if self._num_batches is None:
+            raise TypeError("The number of batches is not known before the tars have been read; give num_batches.")
+        return self._num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = np.arange(len(self._shards))
+        if self._shuffle:
+            order = Permutation(len(order), (self._seed, self.epoch))(order)
+        own = [self._shards[index] for index in order[self._rank :: self._world_size]]
+        self.epoch += 1
+        pipeline = webdataset.DataPipeline(
+            partial(iter if self._num_batches is None else cycle, own),
+            webdataset.split_by_worker,
+            read_shards,
+            webdataset.map(partial(decode, fields=self._fields)),
+            *([webdataset.shuffle(self._shuffle_samples, seed=self._seed)] if self._shuffle_samples else []),
+            *self._stages,
+            webdataset.batched(self._batch_size, collation_fn=None, partial=not self._drop_last),
+            webdataset.map(partial(collate, batch_size=self._batch_size)),
+        )
+        batches = iter(DataLoader(pipeline, batch_size=None, num_workers=self._num_workers))
+        if self._num_batches is None:
+            yield from self._in_step(batches)
+        else:
+            yield from (next(batches) for _ in range(self._num_batches))
+
+    def _in_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches for as many steps as all ranks have (or, in evaluation, as any rank has)."""
+        agree = torch.distributed.ReduceOp.MIN if self._drop_last else torch.distributed.ReduceOp.MAX
+        last: Batch | None = None
+        while True:
+            batch = next(batches, None)
+            going_on = torch.tensor(int(batch is not None))
+            if self._group is not None:
+                torch.distributed.all_reduce(going_on, agree, self._group)
+            if not going_on:
+                return
+            if batch is None and last is None:
+                raise ValueError(f"Rank {self._rank} has no sample to fill up an evaluation with: its tars are empty.")
+            if batch is None and last is not None:
+                batch = replace(last, valid=torch.zeros_like(last.valid))
+            assert batch is not None
+            last = batch
+            yield batch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar to be read from beginning to end."""
+
+    url: str
+    manifest: Manifest | None = None  # of the sealed data set that it belongs to
+    num_samples: int | None = None
+
+    @contextmanager
+    def open(self) -> Iterator["_ForwardFile"]:
+        """A file that can be read and, forward only, positioned."""
+        if self.manifest:
+            pieces = open_store(self.manifest.url).stream(self.url)
+            yield _ForwardFile(lambda size: bytes(next(pieces, b"")))
+        else:
+            with webdataset.gopen(self.url) as stream:
+                yield _ForwardFile(stream.read)
+
+
+def _shards(source: str | Sequence[str] | Manifest) -> list[Shard]:
+    if isinstance(source, Manifest):
+        names = [f"{source.shard_name(index)}.tar" for index in range(source.num_shards)]
+        counts = [len(source.plan.samples(index)) for index in range(source.num_shards)]
+        return [Shard(name, source, count) for name, count in zip(names, counts)]
+    patterns = [source] if isinstance(source, str) else source
+    return [Shard(url) for pattern in patterns for url in braceexpand.braceexpand(pattern)]
+
+
+class _ForwardFile:
+    """A stream as `shards.tar.members` reads a file: every position is at or behind the last."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._rest = b""
+        self._position = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 2:
+            return NO_END
+        assert offset >= self._position, "a stream cannot go back"
+        while self._position < offset and self.read(min(offset - self._position, 1 << 20)):
+            pass
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        """`size` bytes, or what is left."""
+        pieces = [self._rest]
+        missing = size - len(self._rest)
+        while missing > 0 and (piece := self._read(max(missing, 1 << 16))):
+            pieces.append(piece)
+            missing -= len(piece)
+        data = b"".join(pieces)
+        self._rest = data[size:]
+        self._position += min(size, len(data))
+        return data[:size]
+
+
+def read_shards(shards: Iterable[Shard]) -> Iterator[dict[str, Any]]:
+    """The samples of tars as raw webdataset samples: {"__key__", "__url__", "json": bytes, "<field>.npy": bytes}.
+
+    Raises ValueError, with the tar's URL, for one that is broken, ends early, or has not its number of samples."""
+    for shard in shards:
+        count = 0
+        try:
+            with shard.open() as file:
+                for sample in _group(file):
+                    count += 1
+                    yield {"__url__": shard.url, **sample}
+            if shard.num_samples not in (None, count):
+                raise ValueError(f"it has {count} samples and not the {shard.num_samples} that it was sealed with")
+        except ValueError as error:
+            raise ValueError(f"{shard.url}: {error}") from None
+
+
+def _group(file: _ForwardFile) -> Iterator[dict[str, Any]]:
+    """Neighbouring members whose names agree up to the first dot behind the folder, as webdataset groups them."""
+    sample: dict[str, Any] = {}
+    for member in members(cast(BinaryIO, file)):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key = folder + slash + stem
+        if sample.get("__key__") != key:
+            if sample:
+                yield sample
+            sample = {"__key__": key}
+        if suffix in sample:
+            raise ValueError(f"sample {key} has two members .{suffix}")
+        file.seek(member.offset)
+        sample[suffix] = file.read(member.size)
+        if len(sample[suffix]) < member.size:
+            raise ValueError(f"the tar is cut off inside {member.name}")
+    if sample:
+        yield sample
+
+
+def decode(sample: dict[str, Any], fields: Sequence[str] | None = None) -> Sample:
+    """A sample from the bytes of its members: JSON and .npy, never a pickle. bfloat16 comes as its bits in uint16.
+
+    `fields`: names of tensors, all of which it must have (None: those it has). Raises ValueError naming the sample."""
+    try:
+        names = fields or [name.removesuffix(".npy") for name in sample if name.endswith(".npy")]
+        missing = [name for name in names if f"{name}.npy" not in sample]
+        if missing or not names:
+            raise ValueError(f"it has no member {', '.join(missing) or '.npy'} among {sorted(sample)}")
+        text = parse_text(sample["json"]) if "json" in sample else {}
+        return Sample(sample["__key__"], text, {name: _decode_npy(sample[f"{name}.npy"]) for name in names})
+    except ValueError as error:
+        raise ValueError(f"{sample.get('__url__', '')}: sample {sample['__key__']}: {error}") from None
+
+
+def _decode_npy(data: bytes) -> np.ndarray:
+    dtype, shape, start = parse_npy(data)
+    if start + int(np.prod(shape)) * dtype.itemsize != len(data):
+        raise ValueError(f"a .npy of {dtype}{list(shape)} has {len(data) - start} bytes")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+
+def collate(samples: Sequence[Sample], batch_size: int | None = None) -> Batch:
+    """Samples stacked to a batch. Where shapes differ they are padded with zeros, and `lengths` has the real ones.
+
+    `batch_size`: fill the batch up to it with rows that are not valid, copies of the first."""
+    num_filled = max(0, (batch_size or 0) - len(samples))
+    rows = [*samples, *[samples[0]] * num_filled]
+    arrays, lengths = {}, {}
+    for name, first in samples[0].arrays.items():
+        column = [row.arrays.get(name) for row in rows]
+        if any(array is None or (array.ndim, array.dtype) != (first.ndim, first.dtype) for array in column):
+            raise ValueError(f"Samples {[row.key for row in rows]} differ in {name}: they cannot stand in one batch.")
+        shapes = np.array([row.arrays[name].shape for row in rows])
+        stacked = np.zeros((len(rows), *shapes.max(axis=0)), first.dtype)
+        for target, row in zip(stacked, rows):
+            target[tuple(map(slice, row.arrays[name].shape))] = row.arrays[name]
+        arrays[name] = torch.from_numpy(stacked)
+        if (shapes != shapes[0]).any():
+            lengths[name] = torch.from_numpy(shapes)
+    valid = torch.arange(len(rows)) < len(samples)
+    positions = torch.full((len(rows),), -1)
+    return Batch([row.key for row in rows], [dict(row.text) for row in rows], arrays, valid, positions, lengths)

@@ -1,0 +1,205 @@
+"""webdataset pipelines over our shards and over strangers' tars: the same tensors, damage refused, ranks in step."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from shard_data import SHAPES, make_data_set, make_sample
+
+from shards.loader import ShardLoader
+from shards.manifest import load_manifest
+from shards.pipeline import SequentialLoader, ShardSource, collate
+from shards.tar import Sample
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "train"
+    make_data_set(folder, 57, samples_per_shard=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Tars that webdataset's own writer made, with pax headers and folders in their keys."""
+    folder = tmp_path_factory.mktemp("foreign")
+    for shard in range(4):
+        with webdataset.TarWriter(str(folder / f"part-{shard}.tar")) as writer:
+            for index in range(shard * 7, shard * 7 + 7 - shard):
+                array = np.full((2, index + 1), index, np.float32)
+                writer.write({"__key__": f"a/b/{index}", "x.npy": array, "json": {"index": index}})
+    return folder
+
+
+def test_stock_webdataset_reads_the_same_tensors(root):
+    urls = [str(path) for path in sorted(root.glob("*.tar"))]
+    theirs = {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False).decode()}
+    assert len(theirs) == 57
+    for batch in ShardLoader(root, batch_size=19):
+        for row, key in enumerate(batch.keys):
+            assert theirs[key]["json"] == batch.text[row]
+            for name, tensor in batch.arrays.items():
+                np.testing.assert_array_equal(theirs[key][f"{name}.npy"], tensor[row])
+
+
+def test_shard_source_feeds_a_webdataset_pipeline_with_own_stages(root):
+    pipeline = webdataset.DataPipeline(
+        ShardSource(root, drop_last=False),
+        webdataset.map(lambda sample: {**sample, "sum": float(sample["condition.npy"].sum())}),
+        webdataset.batched(10),
+    )
+    for _ in range(2):
+        batches = list(pipeline)
+        keys = [key for batch in batches for key in batch["__key__"]]
+        assert sorted(keys) == [f"{index:09d}" for index in range(57)]
+    assert batches[0]["sum"][0] == make_sample(int(keys[0])).arrays["condition"].sum()
+    assert keys != [key for batch in pipeline for key in batch["__key__"]]
+
+
+def test_shard_source_is_split_over_ranks_and_workers(root):
+    keys = []
+    for rank in range(2):
+        source = ShardSource(root, rank=rank, world_size=2, drop_last=False, num_threads=1)
+        loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=2)
+        keys += [sample["__key__"] for sample in loader]
+    assert sorted(keys) == [f"{index:09d}" for index in range(57)]
+
+
+def test_foreign_tars_by_braces_are_padded_with_lengths(foreign):
+    loader = SequentialLoader(f"{foreign}/part-{{0..3}}.tar", batch_size=4, drop_last=False)
+    seen = set()
+    for batch in loader:
+        lengths = batch.lengths["x"] if batch.lengths else torch.tensor([batch.arrays["x"].shape[1:]] * 4)
+        for row, key in enumerate(batch.keys):
+            index = int(key.rpartition("/")[2])
+            assert lengths[row].tolist() == [2, index + 1]
+            tensor = batch.arrays["x"][row]
+            assert (tensor[:, : index + 1] == index).all()
+            assert (tensor[:, index + 1 :] == 0).all()
+            assert batch.text[row] == {"index": index}
+            if batch.valid[row]:
+                assert index not in seen
+                seen.add(index)
+    assert len(seen) == 7 + 6 + 5 + 4
+
+
+def test_pipe_sources_and_workers_read_the_same(root):
+    urls = [f"pipe:cat {path}" for path in sorted(root.glob("*.tar"))]
+    for num_workers in (0, 2):
+        loader = SequentialLoader(urls, batch_size=5, fields=["condition"], drop_last=False, num_workers=num_workers)
+        batches = list(loader)
+        assert all(set(batch.arrays) == {"condition"} for batch in batches)
+        keys = [key for batch in batches for key, valid in zip(batch.keys, batch.valid) if valid]
+        assert sorted(keys) == [f"{index:09d}" for index in range(57)]
+
+
+def test_a_sealed_data_set_read_sequentially_equals_it_read_by_index(root):
+    batches = SequentialLoader(load_manifest(root), batch_size=57, shuffle=False)
+    [by_stream], [by_index] = batches, ShardLoader(root, batch_size=57, shuffle=False)
+    assert by_stream.keys == by_index.keys
+    assert by_stream.text == by_index.text
+    for name in SHAPES:
+        assert torch.equal(by_stream.arrays[name], by_index.arrays[name])
+
+
+def _tar(path, files: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def _npy(array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=array.dtype == object)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("files", "cut", "complaint"),
+    [
+        ({"0.x.npy": _npy(np.zeros(3)), "0.json": b"{}"}, -10240 + 512, "cut off"),
+        ({"0.x.npy": _npy(np.zeros(9000))}, 20000, "cut off"),
+        ({"0.x.npy": _npy(np.zeros(3)), "1.json": b"{}"}, None, "sample 1: it has no member x"),
+        ({"0.x.npy": _npy(np.zeros(3))[:-1]}, None, "has 23 bytes"),
+        ({"0.x.npy": _npy(np.array([None], object))}, None, "pickle"),
+        ({"0.x.npy": _npy(np.zeros(3)), "0.json": b"[]"}, None, "not an object"),
+        ({"../0.x.npy": _npy(np.zeros(3))}, None, "leads out"),
+    ],
+)
+def test_damaged_foreign_tars_are_refused_with_their_name(tmp_path, files, cut, complaint):
+    url = _tar(tmp_path / "bad.tar", files)
+    with open(url, "rb+") as file:
+        file.truncate(os.path.getsize(url) if cut is None else cut % os.path.getsize(url))
+    with pytest.raises(ValueError, match=f"bad.tar.*{complaint}"):
+        list(SequentialLoader(url, batch_size=1, fields=["x"], drop_last=False))
+
+
+def test_a_sealed_shard_with_a_sample_less_is_refused(tmp_path):
+    manifest = make_data_set(tmp_path, 20)
+    shard = tmp_path / "shard-000001.tar"
+    with open(shard, "rb+") as file:
+        file.truncate(5120)
+        file.seek(0, 2)
+        file.write(bytes(1024))
+    with pytest.raises(ValueError, match="shard-000001"):
+        list(SequentialLoader(manifest, batch_size=1))
+
+
+def test_samples_that_cannot_stand_in_one_batch_are_named():
+    samples = [Sample("a", {}, {"x": np.zeros(3)}), Sample("b", {}, {"x": np.zeros((3, 3))})]
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] differ in x"):
+        collate(samples)
+
+
+def test_readers_that_would_run_dry_are_refused(foreign):
+    with pytest.raises(ValueError, match="4 tars cannot feed 5 readers"):
+        SequentialLoader(f"{foreign}/part-{{0..3}}.tar", batch_size=4, world_size=5, num_batches=1)
+    with pytest.raises(ValueError, match="give num_batches"):
+        SequentialLoader(f"{foreign}/part-{{0..3}}.tar", batch_size=4, world_size=2)
+
+
+def test_uneven_tars_on_two_ranks_of_torchrun_make_equal_steps(foreign, tmp_path):
+    """Part 0 and 2 have 12 samples, 1 and 3 have 10: training leaves some out, evaluation fills up."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import json, sys, torch.distributed as dist
+            from shards.pipeline import SequentialLoader
+            dist.init_process_group("gloo")
+            rank, size = dist.get_rank(), dist.get_world_size()
+            result = {{}}
+            for drop_last in (True, False):
+                loader = SequentialLoader("{foreign}/part-{{0..3}}.tar", batch_size=2, rank=rank, world_size=size,
+                                          shuffle=False, drop_last=drop_last)
+                batches = list(loader)
+                keys = [k for b in batches for k, v in zip(b.keys, b.valid.tolist()) if v]
+                result[str(drop_last)] = [len(batches), keys]
+            loader = SequentialLoader("{foreign}/part-{{0..3}}.tar", batch_size=2, rank=rank, world_size=size,
+                                      num_batches=11)
+            result["repeated"] = [len(list(loader)), []]
+            json.dump(result, open("{tmp_path}/" + str(rank), "w"))
+            dist.destroy_process_group()
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run(command, check=True, timeout=120)
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert first["True"][0] == second["True"][0] == 5
+    assert first["False"][0] == second["False"][0] == 6
+    assert sorted(first["False"][1] + second["False"][1]) == sorted(
+        f"a/b/{index}" for shard in range(4) for index in range(shard * 7, shard * 7 + 7 - shard)
+    )
+    assert first["repeated"][0] == second["repeated"][0] == 11

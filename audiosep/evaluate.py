@@ -1,4 +1,4 @@
-"""`audiosep evaluate`: SDR, SDRi, SI-SDR and SI-SDRi of a checkpoint on shards; to the terminal, JSON and CSV."""
+"""`audiosep evaluate`: SDR, SDRi, SI-SDR and SI-SDRi on shards or a benchmark's audio; as a table, JSON and CSV."""
 
 import argparse
 import csv
@@ -16,11 +16,13 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from audiosep.benchmarks import BENCHMARKS, BenchmarkBatches, read_benchmark, upstream_mean
 from audiosep.config import describe, load_config
 from audiosep.datamodule import Batches
 from audiosep.metrics import si_sdr, summarise
 from audiosep.queries import QueryConfig, make_encoder
 from audiosep.samples import Batch
+from audiosep.separate import encoder_of
 from audiosep.stft import istft
 from audiosep.system import AudioFormat, SeparationSystem, load_system, scores
 from shards.loader import LoaderConfig, ShardLoader
@@ -37,8 +39,10 @@ Separate = Callable[[Batch], Tensor]  # complex spectrograms to estimated wavefo
 class EvaluateConfig:
     """What a checkpoint is evaluated on."""
 
-    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run")]
-    shards: Annotated[str, Field(description="sealed root with complex spectrograms")]
+    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run, or a released one")]
+    shards: Annotated[str, Field(description="sealed root with complex spectrograms; or give a benchmark")] = ""
+    benchmark: Annotated[str, Field(description=f"one of upstream's, from audio files: {', '.join(BENCHMARKS)}")] = ""
+    data: Annotated[str, Field(description="folder of the benchmark's audio")] = ""
     output: Annotated[str, Field(description="folder for metrics.json and metrics.csv")] = "runs/evaluation"
     batch_size: Annotated[int, Field(gt=0, description="samples at a time")] = 16
     windows: Annotated[
@@ -52,6 +56,10 @@ class EvaluateConfig:
         QueryConfig | None, Field(description="encoder of the captions, for shards that store no conditions")
     ] = None
     storage: StorageConfig = field(default_factory=StorageConfig)
+
+    def __post_init__(self) -> None:
+        if bool(self.shards) == bool(self.benchmark) or bool(self.benchmark) != bool(self.data):
+            raise ValueError("Evaluation is on `shards`, or on a `benchmark` and its folder `data`.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,16 +89,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         separators["ideal ratio mask"] = lambda batch: ideal_ratio_mask(batch, system)
     rows = {name: measure(system, separate, batches, device, name) for name, separate in separators.items()}
     results = {name: summary(measured) for name, measured in rows.items()}
+    if config.benchmark:
+        kinds = [row["kind"] for row in rows["model"]]
+        means = {m: upstream_mean(config.benchmark, [row[m] for row in rows["model"]], kinds) for m in METRICS}
+        results["model"]["overall"]["upstream_mean"] = means
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(results, indent=2))
     write_csv(rows["model"], output / "metrics.csv")
     print(table(results))
+    if config.benchmark:
+        print("as upstream averages: " + ", ".join(f"{METRICS[m]} {mean:.2f}" for m, mean in means.items()))
     return results
 
 
-def _open(config: EvaluateConfig, system: SeparationSystem) -> Batches:
+def _open(config: EvaluateConfig, system: SeparationSystem) -> Batches | BenchmarkBatches:
     """The samples, each once; ValueError unless they are what the system was trained for and keep their phase."""
+    if config.benchmark:
+        items = read_benchmark(config.benchmark, Path(config.data))
+        windows = {*config.windows, *system.config.windows}
+        return BenchmarkBatches(items, system.audio, windows, encoder_of(system, config.queries or QueryConfig()))
     store = open_store(config.shards, config.storage)
     manifest = load_manifest(store)
     encoder = make_encoder(config.queries) if config.queries else None
@@ -112,7 +130,7 @@ def ideal_ratio_mask(batch: Batch, system: SeparationSystem) -> Tensor:
     mixture, segment = batch.mixture[window], batch.segment[window]
     target, rest = segment.abs(), (mixture - segment).abs()
     mask = target / (target + rest).clamp(min=1e-8)
-    return istft(mixture * mask, window, system.audio.hop_length, system.audio.length)
+    return istft(mixture * mask, window, system.audio.hop_length, int(batch.lengths[0]))
 
 
 @torch.inference_mode()

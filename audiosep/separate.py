@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from audiosep.config import describe, load_config
-from audiosep.queries import QueryConfig, make_encoder
+from audiosep.queries import Encoder, QueryConfig, make_encoder
 from audiosep.stft import stft
 from audiosep.system import SeparationSystem, load_system
 
@@ -26,7 +26,7 @@ FADE_FLOOR = 1e-3  # least weight of a segment's sample, so that the recording's
 class SeparateConfig:
     """How a recording is separated."""
 
-    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run")]
+    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run, or a released one")]
     query: Annotated[str, Field(min_length=1, description="what to take out, in words")]
     output: Annotated[str, Field(description="audio file to write, with the mixture's rate and channels")]
     queries: QueryConfig = field(default_factory=QueryConfig)
@@ -52,7 +52,7 @@ def separate_file(path: str | Path, config: SeparateConfig) -> None:
     """Write what the query describes in an audio file to `config.output`."""
     system = load_system(config.checkpoint)
     system.to(Fabric(accelerator=config.accelerator, devices=1).device)
-    condition = encode_query(config.query, config.queries, system)
+    condition = torch.from_numpy(encoder_of(system, config.queries).encode([config.query])[0])
     mixture, sample_rate = read_audio(path)
     resampled = soxr.resample(mixture, sample_rate, system.audio.sample_rate)
     estimate = separate_waveform(system, torch.from_numpy(resampled.T), condition, config.batch_size).numpy().T
@@ -74,15 +74,16 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
     return waveform, sample_rate
 
 
-def encode_query(query: str, config: QueryConfig, system: SeparationSystem) -> Tensor:
-    """The condition [D] for a query, by the encoder that the system was trained with; ValueError for another."""
+def encoder_of(system: SeparationSystem, config: QueryConfig) -> Encoder:
+    """The query encoder of a config; ValueError unless it is the one that the system was trained with."""
     encoder = make_encoder(config)
     if encoder.identity != system.audio.query_encoder:
         raise ValueError(
             f"The model was trained with the query encoder {system.audio.query_encoder} and would not understand a "
-            f"query from {encoder.identity}. Set queries.encoder and queries.checkpoint to the former."
+            f"query from {encoder.identity}. Set queries.encoder and queries.checkpoint to the former (for a released "
+            "checkpoint to clap and the checkpoint itself)."
         )
-    return torch.from_numpy(encoder.encode([query])[0])
+    return encoder
 
 
 @torch.inference_mode()

@@ -15,10 +15,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from audiosep.checkpoints import read_checkpoint
+from audiosep.checkpoints import MODEL_PREFIX, load_released, read_checkpoint
 from audiosep.config import build_config, plain
 from audiosep.losses import loss_by_name
 from audiosep.metrics import sdr, sdri, si_sdr, si_sdri
+from audiosep.queries import QueryConfig, make_encoder
 from audiosep.resunet import ResUNet30, ResUNetConfig
 from audiosep.samples import Batch
 from audiosep.stft import istft
@@ -209,11 +210,11 @@ class SeparationSystem(pl.LightningModule):
     def estimate(self, batch: Batch, windows: tuple[int, ...] = ()) -> Tensor:
         """The estimated waveforms [B, C, L] for a batch of complex spectrograms; `windows`: by default as trained."""
         mixtures = {window: batch.mixture[window] for window in windows or self.config.windows}
-        return self.separate(mixtures, _condition(batch), self.audio.length)
+        return self.separate(mixtures, _condition(batch), int(batch.lengths[0]))
 
     def target_and_mixture(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Their waveforms [B, C, L], from a batch of complex spectrograms."""
-        window, hop_length, length = self.config.windows[0], self.audio.hop_length, self.audio.length
+        window, hop_length, length = self.config.windows[0], self.audio.hop_length, int(batch.lengths[0])
         return (
             istft(batch.segment[window], window, hop_length, length),
             istft(batch.mixture[window], window, hop_length, length),
@@ -252,14 +253,35 @@ def scores(estimate: Tensor, target: Tensor, mixture: Tensor) -> dict[str, Tenso
 
 
 def load_system(path: str | Path) -> SeparationSystem:
-    """The trained system in a checkpoint of `audiosep train`, ready for use: its averaged weights, if it has them."""
+    """The trained system in a checkpoint, ready for use: from `audiosep train`, with its averaged weights if it has
+    them, or a released AudioSep one, whose queries are encoded by the text tower that is in the same file."""
     content = read_checkpoint(path)
     if "audio" not in content:
-        raise ValueError(
-            f"{path} was not written by `audiosep train`: it lacks the format of its audio. Name a last.ckpt or "
-            "best.ckpt; a released checkpoint is for train's `start_from`."
-        )
+        return _released_system(Path(path), content.get("state_dict", {}))
     config = build_config(SystemConfig, content["config"] | {"compile": False}, str(path))
     system = SeparationSystem(config, AudioFormat(**content["audio"]))
     system.load_state_dict(content["state_dict"])
+    return system.eval()
+
+
+RELEASED_FORMATS = {
+    2048: (32000, 320),
+    1024: (16000, 160),
+}  # by window: sample rate and hop; DCASE 2024 Task 9's is the second
+
+
+def _released_system(path: Path, tensors: Mapping[str, Tensor]) -> SeparationSystem:
+    norm = tensors.get(f"{MODEL_PREFIX}base.bn0.weight", torch.empty(1))
+    window = 2 * (len(norm) - 1)
+    if window not in RELEASED_FORMATS:
+        raise ValueError(
+            f"{path} is neither a checkpoint of `audiosep train` nor a released one: there is no format of its audio, "
+            f"and no {MODEL_PREFIX}base.bn0 for a window of {' or '.join(map(str, RELEASED_FORMATS))} samples."
+        )
+    sample_rate, hop_length = RELEASED_FORMATS[window]
+    encoder = make_encoder(QueryConfig("clap", str(path)))
+    audio = AudioFormat(sample_rate, 5 * sample_rate, hop_length, encoder.identity)
+    model = ResUNetConfig(window_lengths=(window,))
+    system = SeparationSystem(SystemConfig(model=model, window=window, phase="model", loss="l1_wav"), audio)
+    load_released(path, system.ss_model)
     return system.eval()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from audiosep.checkpoints import export, from_released, load_released, read_checkpoint, to_released, transform_kernels
 from audiosep.resunet import ResUNet30, ResUNetConfig
+from audiosep.stft import stft
+from audiosep.system import load_system
 
 NARROW = (2, 3, 4, 4, 5, 5)
 
@@ -40,6 +42,17 @@ def test_the_released_table_loads_at_full_width_and_comes_out_the_same(tmp_path:
         f"ss_model.{name}": shape for name, shape in upstream.released_table().items()
     }
     assert all(torch.equal(written[f"ss_model.{name}"], state[name]) for name in model.state_dict())
+
+
+@torch.no_grad()
+def test_a_released_checkpoint_separates_as_upstream_does(tmp_path: Path) -> None:
+    torch.save(released_checkpoint(upstream.formula_weights()), tmp_path / "released.ckpt")
+    system = load_system(tmp_path / "released.ckpt")
+    assert (system.audio.sample_rate, system.audio.hop_length) == (32000, 320)
+    golden = {name: torch.from_numpy(array) for name, array in upstream.figures().items()}
+    mixtures = {2048: stft(golden["mixture"], 2048, 320)}
+    estimate = system.separate(mixtures, golden["condition"], golden["mixture"].shape[-1])
+    torch.testing.assert_close(estimate, golden["waveform"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Found keys")  # this model has no transform kernels

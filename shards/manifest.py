@@ -104,19 +104,27 @@ def survey(store: Store, plan: Plan, num_threads: int | None = None) -> Iterator
 
     Lists and reads with `num_threads` threads (the default hides the latency of shared file systems and buckets), a
     hundred shards at a time. Raises ValueError for a shard that was made to another spec."""
-    groups = [range(start, min(start + 100, plan.num_shards)) for start in range(0, plan.num_shards, 100)]
     with (
         ThreadPoolExecutor(num_threads or max(16, store.concurrency)) as pool,
         tqdm(total=plan.num_shards, desc="records", unit="shard", disable=None) as bar,
     ):
-        for found in pool.map(lambda group: _survey_group(store, plan, group), groups):
+        for found in pool.map(lambda hundred: _survey_hundred(store, plan, hundred), _hundreds(plan)):
             yield from found
             bar.update(len(found))
 
 
-def _survey_group(store: Store, plan: Plan, group: range) -> list[Record | str]:
-    sizes = dict(store.list(plan.shard_name(group[0])[:-2]))  # a hundred names that differ in two digits
-    return [_survey_shard(store, plan, index, sizes) for index in group]
+def _hundreds(plan: Plan) -> list[range]:
+    return [range(start, min(start + 100, plan.num_shards)) for start in range(0, plan.num_shards, 100)]
+
+
+def _survey_hundred(store: Store, plan: Plan, hundred: range) -> list[Record | str]:
+    sizes = _list_hundred(store, plan, hundred)
+    return [_survey_shard(store, plan, index, sizes) for index in hundred]
+
+
+def _list_hundred(store: Store, plan: Plan, hundred: range) -> dict[str, int]:
+    """Names and sizes of all files of a hundred shards, whose names differ in two digits."""
+    return dict(store.list(plan.shard_name(hundred[0])[:-2]))
 
 
 def _survey_shard(store: Store, plan: Plan, index: int, sizes: Mapping[str, int]) -> Record | str:
@@ -132,15 +140,13 @@ def _survey_shard(store: Store, plan: Plan, index: int, sizes: Mapping[str, int]
 
 
 def unrecorded(store: Store, plan: Plan) -> Iterator[int]:
-    """The shards without a record, by listings alone, a hundred shards at a time.
+    """The shards without a record, by listings alone.
 
     Nothing is read, so it is the cheap way to watch a run; `survey` tells whether the others are complete."""
-    starts = range(0, plan.num_shards, 100)
+    hundreds = _hundreds(plan)
     with ThreadPoolExecutor(max(16, store.concurrency)) as pool:
-        for start, listed in zip(starts, pool.map(lambda start: dict(store.list(plan.shard_name(start)[:-2])), starts)):
-            for index in range(start, min(start + 100, plan.num_shards)):
-                if f"{plan.shard_name(index)}.json" not in listed:
-                    yield index
+        for hundred, names in zip(hundreds, pool.map(lambda hundred: _list_hundred(store, plan, hundred), hundreds)):
+            yield from (index for index in hundred if f"{plan.shard_name(index)}.json" not in names)
 
 
 class IncompleteError(ValueError):

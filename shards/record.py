@@ -3,17 +3,18 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from shards.storage import Store
 from shards.tar import END, MAX_TEXT_BYTES, Field, frame, npy_header
 
 FORMAT_VERSION = 1
+Checksum = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]  # xxh3-64
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Record:
     spec_digest: str
     num_samples: int
     num_bytes: int  # of the tar
-    checksum: str  # xxh3-64 of the tar, 16 hex digits
-    index_checksum: str  # the same of the index file
+    checksum: Checksum  # of the tar
+    index_checksum: Checksum  # of the index file
     key_digest: str  # of all keys in order
     first_key: str
     last_key: str

@@ -62,17 +62,17 @@ def running(cluster: Cluster, array: str) -> dict[str, str]:
 
 def trouble(cluster: Cluster, array: str, store: Store) -> None:
     """kill -9, requeue, preemption, a power loss and a rotten bit, once shards are being written."""
-    cluster.wait("the first shards", lambda: len([*store.list("shard-")]) > 6, 90)
+    cluster.wait("the first shards", lambda: len([*store.list("shard-")]) > 6, 180)
     name = next(name for name, _ in store.list("shard-") if name.endswith(".json")).replace(".json", ".tar")
     data = bytearray(store.read(name))
     data[len(data) // 2] ^= 1
     store.write(name, data)
-    kill(processes(f"{sys.executable} -m audiosep.cli precompute", "--shards")[:1])
+    command = f"{sys.executable} -m audiosep.cli precompute"
+    kill(cluster.wait("a process to kill", lambda: processes(command, "--shards"), 60)[:1])
     tasks = cluster.wait("a task to requeue", lambda: running(cluster, array), 60)
     cluster.run("scontrol", "requeue", next(iter(tasks)))
     cluster.wait("tasks to preempt", lambda: len(running(cluster, array)) > 1, 60)
-    preemptor = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
-    cluster.run(*preemptor)
+    cluster.preempt()
     tasks = cluster.wait("a node to crash", lambda: running(cluster, array), 60)
     cluster.crash(next(iter(tasks.values())))
 

@@ -43,6 +43,12 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.jobs()[job][0]
 
+    def preempt(self) -> None:
+        """A job of the partition high takes all nodes for two seconds."""
+        whole = ("--parsable", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null")
+        job = self.run("sbatch", *whole, "--wrap=sleep 2")
+        self.wait("the preemptor to run", lambda: self.state(job) != "PENDING", 60)
+
     def crash(self, node: str) -> None:
         """A power loss, noticed at once; then the node boots again."""
         self.control("crash", node)

@@ -1,0 +1,144 @@
+"""DDP training over gloo on the test cluster: preempted, killed, and gone on with another number of nodes."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from slurm_lab import Cluster, kill, processes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shards.manifest import bind, seal
+from shards.storage import open_store
+from shards.tar import Sample
+from shards.writer import write_shard
+from slurm.__main__ import main
+from slurm.submit import Run
+
+NUM_SAMPLES, BATCH_SIZE = 1440, 2  # batch size of each rank
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a task that a model of any size learns: the target is a third of the mixture."""
+    root = tmp_path_factory.mktemp("data") / "train"
+    store = open_store(root)
+    spec = {"clips": {"sample_rate": 8000, "segment_seconds": 0.1}, "stft": {"window_lengths": [64], "hop_length": 32}}
+    plan = bind(store, spec | {"query_encoder": "test"}, NUM_SAMPLES, 120)
+    for shard in range(plan.num_shards):
+        indices = plan.samples(shard)
+        name, samples = plan.shard_name(shard), map(make_sample, indices)
+        write_shard(store, name, samples, num_samples=len(indices), spec_digest=plan.spec_digest)
+    seal(store)
+    return root
+
+
+def make_sample(index: int) -> Sample:
+    rng = np.random.default_rng(index)
+    mixture = rng.uniform(1, 2, (1, 26, 33)).astype(np.float16)
+    arrays = {"stft_mixture.64": mixture, "stft_segment.64": mixture / 3, "condition": np.ones(4, np.float16)}
+    return Sample(f"{index:09d}", {"text": "a third", "kind": "test", "length": 800, "index": index}, arrays)
+
+
+def write_run(folder: Path, root: Path, **train: Any) -> str:
+    settings = {
+        "root": str(folder / "training"),
+        "data": {"train": str(root), "loader": {"batch_size": BATCH_SIZE}, "ledger": str(folder / "ledger")},
+        "system": {"window": 64, "model": {"window_lengths": [64], "widths": [4], "condition_size": 4}},
+        "trainer": {"max_epochs": 1, "checkpoint_steps": 10, "log_steps": 1, "accelerator": "cpu"},
+    }
+    settings["system"]["optimizer"] = {"warm_up_steps": 1}
+    (folder / "train.yaml").write_text(yaml.safe_dump(settings))
+    config = {
+        "folder": str(folder / "run"),
+        "audiosep": shlex.join([sys.executable, "-m", "audiosep.cli"]),
+        "environment": {"variables": {"OMP_NUM_THREADS": "1"}},
+        "train": {"config": str(folder / "train.yaml"), "nodes": 2, "memory": "1500M", "time": "10"} | train,
+    }
+    (folder / "slurm.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "slurm.yaml")
+
+
+def served(folder: Path) -> int:
+    """Batches that rank 0 was served so far, in all sessions."""
+    file = folder / "ledger" / "rank-00000.jsonl"
+    return file.read_text().count('"positions"') if file.exists() else 0
+
+
+def wait_for_batches(cluster: Cluster, folder: Path) -> None:
+    enough = served(folder) + 40
+    cluster.wait("more batches", lambda: served(folder) > enough, 180)
+
+
+def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nodes(
+    cluster: Cluster, root: Path, tmp_path: Path
+) -> None:
+    config = write_run(tmp_path, root)
+    assert main(["train", "--config", config]) == 0
+    job = job_of(tmp_path)
+    wait_for_batches(cluster, tmp_path)
+    cluster.preempt()
+    wait_for_batches(cluster, tmp_path)
+
+    kill(processes(f"{sys.executable} -m audiosep.cli train")[-1:])
+    cluster.wait("the end of the other rank", lambda: cluster.state(job) != "RUNNING", 30)
+    wait_for_batches(cluster, tmp_path)
+
+    cluster.run("scancel", job)
+    cluster.wait_idle(60)
+    assert main(["train", "--config", config, "--nodes", "3"]) == 0
+    cluster.wait_idle(180)
+    assert cluster.state(job_of(tmp_path)) == "COMPLETED"
+    sessions = read_ledger(tmp_path / "ledger")
+    assert [len(ranks) for ranks in sessions] == [2, 2, 2, 3]
+    exactly_once(sessions)
+    loss_goes_on(tmp_path / "training")
+
+
+def job_of(folder: Path) -> str:
+    return Run.open(folder / "run").submissions()[-1].job_id
+
+
+Session = list[dict[str, Any]]  # the header of one rank, then its batches
+
+
+def read_ledger(folder: Path) -> list[list[Session]]:
+    """What was served between one start of the job and the next: for each start, each rank's header and batches."""
+    starts: list[list[Session]] = []
+    for file in sorted(folder.iterdir()):
+        mine: list[Session] = []
+        for line in map(json.loads, file.read_text().splitlines()):
+            mine = [*mine, [line]] if "world_size" in line else [*mine[:-1], [*mine[-1], line]]
+        first = len(starts) - len(mine) if starts else 0  # ranks that came later were there from a later start on
+        starts = starts or [[] for _ in mine]
+        for start, session in zip(starts[first:], mine):
+            start.append(session)
+    return starts
+
+
+def exactly_once(starts: list[list[Session]]) -> None:
+    """What counts of a session is what came before the state that the next one took up; that is every sample, once."""
+    ends = [start[0][0]["samples"] for start in starts[1:]] + [NUM_SAMPLES]
+    positions: list[int] = []
+    for ranks, end in zip(starts, ends):
+        begin = ranks[0][0]["samples"]
+        num_steps = (end - begin) // (BATCH_SIZE * len(ranks))
+        for header, *batches in ranks:
+            assert header["samples"] == begin, "every rank begins at the same place"
+            assert len(batches) >= num_steps, "and makes the same number of steps"
+            positions += [position for batch in batches[:num_steps] for position in batch["positions"]]
+    assert sorted(positions) == [*range(len(positions))]
+    assert NUM_SAMPLES - BATCH_SIZE * 3 < len(positions) <= NUM_SAMPLES, "less than one batch of three ranks is dropped"
+
+
+def loss_goes_on(folder: Path) -> None:
+    """Each step has a loss, and no restart throws it back."""
+    events = EventAccumulator(str(folder / "logs"), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    steps = {event.step for event in events}
+    assert steps == {*range(len(steps))}
+    settled = [event.value for event in events if event.step > 40]
+    assert max(settled) < events[0].value / 2

@@ -87,8 +87,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print the plan at the speed of a few steps made here")
+    parser.add_argument("--check", action="store_true", help="read the config, and do nothing if it is right")
     options, overrides = parser.parse_known_args(arguments)
     config = load_config(TrainConfig, options.config, overrides)
+    if options.check:
+        return DONE
     if options.dry_run:
         print(plan(config))
         return DONE

@@ -14,7 +14,17 @@ from pathlib import Path
 
 from slurm.job import STOPPED, Resources, check_resources, render, step
 from slurm.status import last_words
-from slurm.submit import Job, Plan, Run, max_array_size, move_dependents, read_plan, shards_command, submit
+from slurm.submit import (
+    Job,
+    Plan,
+    Run,
+    command_output,
+    max_array_size,
+    move_dependents,
+    read_plan,
+    shards_command,
+    submit,
+)
 
 LONGEST_ARGUMENT = 128_000  # bytes; Linux takes 128 KiB
 
@@ -41,6 +51,7 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
     config = run.config
     if not config.train.config:
         raise ValueError("train.config is empty: name a config of `audiosep train`.")
+    command_output(*shlex.split(config.audiosep), "train", "--config", config.train.config, "--check")
     name = f"train-{run.attempts('train') + 1}"
     settings = run.folder / f"{name}.yaml"
     world = '--trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"'

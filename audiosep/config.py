@@ -129,9 +129,17 @@ def _keys(cls: type, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], s
 
 
 def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    """The type as one writes it, without what `Annotated` adds."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin is typing.Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, parts))
+    if annotation in (None, types.NoneType, ...):
+        return "..." if annotation is ... else "None"
+    return annotation.__name__ + (f"[{', '.join(map(_type_name, parts))}]" if parts else "")
 
 
 def _description(annotation: Any) -> str:

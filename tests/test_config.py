@@ -25,7 +25,9 @@ class Optics:
 
     focal_length: Annotated[float, Field(gt=0, description="focal length, mm")] = 50.0
     shutter: Annotated[Literal["leaf", "curtain"], Field(description="kind of shutter")] = "leaf"
-    filters: Annotated[tuple[str, ...], Field(description="names of filters, front first")] = ()
+    filters: Annotated[
+        tuple[Annotated[str, Field(min_length=0)], ...], Field(description="names of filters, front first")
+    ] = ()
     serial: Annotated[int | None, Field(description="serial number, if known")] = None
 
 
@@ -116,8 +118,9 @@ def test_help_lists_every_key_with_default_and_meaning() -> None:
     assert "required" in text
     assert "default 36" in text
     assert "focal length, mm" in text
-    assert "leaf" in text
-    assert "curtain" in text
+    assert "('leaf' | 'curtain', default 'leaf')" in text
+    assert "(tuple[str, ...], default ())" in text
+    assert "(int | None, default None)" in text
 
 
 def test_every_key_of_every_config_is_explained_and_frozen() -> None:

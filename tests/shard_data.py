@@ -17,7 +17,7 @@ SHAPES = {"stft_mixture.2048": (1, 7, 5), "stft_segment.2048": (1, 7, 5), "condi
 def make_sample(index: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES, dtype: str = "float16") -> Sample:
     """A sample whose JSON has a length of its own and whose tensors count up from its index."""
     arrays = {
-        name: (np.arange(np.prod(shape)).reshape(shape) + index + 10 * place).astype(dtype)
+        name: (np.arange(np.prod(shape)).reshape(shape) % 1000 + index + 10 * place).astype(dtype)
         for place, (name, shape) in enumerate(shapes.items())
     }
     return Sample(f"{index:09d}", {"index": index, "text": "é" * (index % 700)}, arrays)

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     stored = read_sample(store, manifest, int(options.key))
     print("\n".join(describe(stored, manifest)))
     try:
-        rendered = render(stored.text, manifest.spec, options.clips or _folders(store))
+        rendered = render(stored.text, manifest.spec, options.clips or folders_of(store))
     except Rejection as rejection:
         raise ValueError(
             f"It can't be made again: {rejection}. Say where the clips are now with --clips FOLDER."
@@ -98,7 +98,7 @@ def _source(number: int, described: dict[str, Any], folders: Sequence[str]) -> S
     return Source(clip, caption, 0.0)
 
 
-def _folders(store: Store) -> list[str]:
+def folders_of(store: Store) -> list[str]:
     """Where the clips were when the data set was begun."""
     try:
         return json.loads(store.read(ORIGIN))["folders"]

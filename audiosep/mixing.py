@@ -40,7 +40,8 @@ class Mixture:
     segment: np.ndarray  # the target as it is in the mixture
     waveforms: Sequence[np.ndarray]  # the interferers as they were
     scales: tuple[np.float32, ...]  # what each of these was multiplied by
-    declip_scale: float  # 1 unless the mixture's peak was above 1
+    peak: float  # of the mixture before declipping
+    declip_scale: float  # 1 unless that is above 1
 
     def interferer(self, number: int) -> np.ndarray:
         """Interferer `number` as it is in the mixture."""
@@ -62,11 +63,11 @@ def mix(target: np.ndarray, interferers: Sequence[np.ndarray], gains_db: Sequenc
     mixture = np.add(target, noise, out=noise)
     peak = float(max(mixture.max(), -mixture.min()))
     if peak <= 1:
-        return Mixture(mixture, target, interferers, tuple(scale * noise_scale for scale in scales), 1.0)
+        return Mixture(mixture, target, interferers, tuple(scale * noise_scale for scale in scales), peak, 1.0)
     declip_scale = np.float32(PEAK_AFTER_DECLIPPING / peak)
     mixture *= declip_scale
     scales = [scale * noise_scale * declip_scale for scale in scales]
-    return Mixture(mixture, target * declip_scale, interferers, tuple(scales), float(declip_scale))
+    return Mixture(mixture, target * declip_scale, interferers, tuple(scales), peak, float(declip_scale))
 
 
 def _energy(waveform: np.ndarray) -> float:

@@ -90,6 +90,7 @@ def describe(rendered: Rendered) -> dict[str, Any]:
         "target_slot": recipe.target,
         "interferers": sources,
         "noise_gain_db": recipe.noise_gain_db,
+        "peak": rendered.mixed.peak,
         "declip_scale": rendered.mixed.declip_scale,
     }
 

@@ -287,7 +287,7 @@ def _throughput(store: Store, manifest: Manifest, survey: Survey) -> dict[str, s
     records = [Path(store.url, f"{manifest.shard_name(i)}.json") for i in range(min(manifest.num_shards, MAX_RECORDS))]
     if "://" not in store.url and len(records) > 1:
         times = [os.stat(record).st_mtime for record in records]
-        made = manifest.starts[len(records)] * (len(records) - 1) / len(records)
+        made = manifest.plan.samples_per_shard * (len(records) - 1)
         facts["made at"] = (
             f"{made / max(max(times) - min(times), 1e-3):,.1f} samples/s, from the first record to the last"
         )

@@ -45,6 +45,10 @@ class CachedStore(Store):
         self._room = _Room(self._kept, source.options.cache_bytes)
         self._locks: dict[str, threading.Lock] = {}
 
+    @property
+    def useful_reads(self) -> int:
+        return self._source.useful_reads
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CachedStore, (self._source, self._digest)
 

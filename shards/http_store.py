@@ -35,6 +35,11 @@ class RemoteStore(Store):
         super().__init__(url.rstrip("/"), options)
         self.concurrency = options.concurrency
         self._versions: dict[str, Version] = {}
+        self._parallelism = _Parallelism(options.concurrency)
+
+    @property
+    def useful_reads(self) -> int:
+        return self._parallelism.reads
 
     @abstractmethod
     def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> "Body":
@@ -53,6 +58,7 @@ class RemoteStore(Store):
         version = self._versions.setdefault(name, Version())
         for _ in self._transfer(name, offset, end, iter(views), version):
             pass
+        self._parallelism.finished(sum(view.nbytes for view in views))
 
     def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
         return self._transfer(name, offset, None, itertools.repeat(memoryview(bytearray(chunk_bytes))), Version())
@@ -185,6 +191,43 @@ class _Patience:
                 f"{self._attempts} without progress in {elapsed:.1f} s; last reason: {failure}"
             ) from None
         time.sleep(pause)
+
+
+class _Parallelism:
+    """Finds how many reads at once a place rewards: many where each waits long or comes slowly, few where not, since
+    threads that wait for one another cost CPU. From time to time it tries a half more, or a third fewer."""
+
+    WINDOW_SECONDS = 0.25
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.reads = self._kept = min(most, 8)
+        self._rate = 0.0  # bytes/s of `_kept` at once
+        self._bytes = self._count = self._windows = 0
+        self._since = time.monotonic()
+        self._lock = threading.Lock()
+
+    def finished(self, num_bytes: int) -> None:
+        """Note that a read has ended, and after some of them draw conclusions."""
+        with self._lock:
+            self._bytes, self._count = self._bytes + num_bytes, self._count + 1
+            seconds = time.monotonic() - self._since
+            if seconds > self.WINDOW_SECONDS and self._count >= 2 * self.reads:
+                self._adapt(self._bytes / seconds)
+                self._since, self._bytes, self._count = time.monotonic(), 0, 0
+
+    def _adapt(self, rate: float) -> None:
+        """Keep more reads if they brought a tenth more bytes, fewer if they brought as many; then try again."""
+        tried, before = self.reads, self._kept
+        if tried != before and rate < self._rate * (1.1 if tried > before else 0.95):
+            self.reads = before
+            return
+        self._kept, self._rate = tried, rate
+        self._windows += 1
+        if tried > before or self._windows % 8 == 1:
+            self.reads = min(self._most, tried + (tried + 1) // 2)
+        elif self._windows % 8 == 5:
+            self.reads = max(2, tried * 2 // 3)
 
 
 class HttpStore(RemoteStore):

@@ -185,7 +185,14 @@ class ShardLoader:
             shape = {name: getattr(self.config, name) for name in ("batch_size", "drop_last", "shuffle")}
             self._ledger.write({**self.state_dict(), **own, **shape})
         empty = self._empty_batches(epoch, start, num_batches)
-        ahead = ReadAhead(self._readers, empty, self.num_threads, self._prefetch, self.config.read_timeout_seconds)
+        ahead = ReadAhead(
+            self._readers,
+            empty,
+            self.num_threads,
+            lambda: self.config.num_threads or max(reader.store.useful_reads for reader in self._readers),
+            self._prefetch,
+            self.config.read_timeout_seconds,
+        )
         try:
             for step in range(1, num_batches + 1):
                 started = time.perf_counter()

@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Client
 
 T = TypeVar("T")
+SIGNED_SECONDS = 3600
 
 
 class ObjectStore(RemoteStore):
@@ -40,20 +42,30 @@ class ObjectStore(RemoteStore):
         self._signs = parts.scheme == "s3" and options.signed_urls and not options.anonymous
         self._http = HttpClient(options)
         self._client: Client | None = None
+        self._urls: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
     def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> Body:
         if anew:
             self._client = None  # the next one reads the environment and the profiles again
         if self._signs:
-            signed = self._ask(name, lambda client: _sign(client, name))
-            return self._http.get(signed, f"{self.url}/{name}", offset, end)
+            return self._http.get(self._signed(name, anew), f"{self.url}/{name}", offset, end)
         try:
             return _ClientBody(self._connect(), name, offset, end)
         except (BaseError, OSError) as error:
             if "416 Range Not Satisfiable" in str(error):
                 raise EOFError(f"{self.url}/{name} has fewer bytes; wanted those from {offset} on.") from None
             raise _failure(error) from None
+
+    def _signed(self, name: str, anew: bool) -> str:
+        """A URL that reads an object: computed here, without a request, and kept for half of its life."""
+        url, expires = self._urls.get(name, ("", 0.0))
+        if anew or time.monotonic() > expires:
+            url = self._ask(name, lambda client: _sign(client, name))
+            if len(self._urls) >= 10_000:
+                self._urls.clear()
+            self._urls[name] = url, time.monotonic() + SIGNED_SECONDS / 2
+        return url
 
     @contextmanager
     def writer(self, name: str) -> Iterator[Sink]:
@@ -158,9 +170,8 @@ _PROCESSES: set[int] = set()  # that used obstore, as known here: a forked child
 
 
 def _sign(client: "Client", name: str) -> str:
-    """A URL that reads an object for an hour: computed here, without a request."""
     assert isinstance(client, obstore.store.S3Store)
-    return obstore.sign(client, "GET", name, timedelta(hours=1))
+    return obstore.sign(client, "GET", name, timedelta(seconds=SIGNED_SECONDS))
 
 
 def _make_client(scheme: str, url: str, options: StorageConfig) -> "Client":

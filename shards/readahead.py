@@ -64,12 +64,15 @@ class ReadAhead:
         readers: Sequence[SampleReader],
         empty: Iterator[Filling],
         num_threads: int,
+        num_busy: Callable[[], int],
         num_ahead: int,
         timeout_seconds: float,
     ) -> None:
-        """`num_ahead`: batches begun and not yet taken, at most. `timeout_seconds`: for one read of a sample."""
+        """`num_busy`: how many of the threads should read at once, just now. `num_ahead`: batches begun and not yet
+        taken, at most. `timeout_seconds`: for one read of a sample."""
         self._readers = readers
         self._empty = empty
+        self._num_busy = num_busy
         self._num_ahead = num_ahead
         self._timeout_seconds = timeout_seconds
         lock = threading.Lock()
@@ -78,6 +81,7 @@ class ReadAhead:
         self._begun: deque[Filling] = deque()
         self._shares: Iterator[tuple[Filling, range]] = iter(())  # not yet given out, of the batch that was begun last
         self._reading: dict[int, tuple[float, Filling, range]] = {}  # since when each thread reads what
+        self._busy = 0  # threads that are reading
         self._failure: BaseException | None = None
         self._closed = False
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_threads)]
@@ -93,7 +97,7 @@ class ReadAhead:
             if self._failure is not None:
                 raise self._failure
             filling = self._begun.popleft()
-            self._room.notify_all()
+            self._room.notify()  # one thread; it wakes the next if there is more to read
         if filling.failure is not None:
             raise filling.failure
         return filling
@@ -131,6 +135,7 @@ class ReadAhead:
                     filling.failure = error
                 del self._reading[threading.get_ident()]
                 with self._ready:
+                    self._busy -= 1
                     filling.num_unread -= len(rows)
                     if filling.num_unread == 0:
                         self._ready.notify()
@@ -143,9 +148,13 @@ class ReadAhead:
         """The next rows to read, once there is room for their batch; None when there are no more."""
         with self._room:
             while not self._closed:
-                if job := next(self._shares, None):
+                if self._busy >= self._num_busy():
+                    self._room.wait()
+                elif job := next(self._shares, None):
+                    self._busy += 1
+                    self._room.notify()
                     return job
-                if len(self._begun) < self._num_ahead:
+                elif len(self._begun) < self._num_ahead:
                     filling = next(self._empty, None)
                     if filling is None:
                         return None

@@ -45,7 +45,9 @@ class StorageConfig:
     http_token_file: Annotated[
         str | None, Field(description="file with a bearer token for http(s), such as ~/.cache/huggingface/token")
     ] = None
-    concurrency: Annotated[int, Field(ge=1, description="remote reads in flight at once, for each store")] = 16
+    concurrency: Annotated[
+        int, Field(ge=1, description="remote reads in flight at once, at most; as many run as raise the throughput")
+    ] = 48
     part_bytes: Annotated[
         int, Field(ge=5 << 20, description="part of a multipart upload, bytes; an object has at most 10,000")
     ] = 16 << 20
@@ -97,11 +99,16 @@ class Store(ABC):
     url: str
     """Printable: never holds credentials."""
     concurrency: int
-    """Reads worth keeping in flight at once, enough to hide the place's latency."""
+    """Reads that may run at once, enough to hide the place's latency."""
 
     def __init__(self, url: str, options: StorageConfig) -> None:
         self.url = url
         self.options = options
+
+    @property
+    def useful_reads(self) -> int:
+        """Reads at once that the place has been seen to reward lately: at most `concurrency`."""
+        return self.concurrency
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_store, (self.url, self.options)

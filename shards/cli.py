@@ -31,10 +31,10 @@ COMMANDS = {
     "verify": ("shards.cli", "read every byte and check it; with --repair make bad shards again"),
     "info": ("shards.cli", "what a data set holds, or how far it has come"),
     "show": ("shards.cli", "one sample's JSON and what is in its tensors"),
+    "cat": ("shards.cli", "one sample as a tar, or one of its members, to stdout"),
     "copy": ("shards.copy", "a sealed data set to another folder or bucket, checked and resumable"),
     "bench": ("shards.bench", "what reading it gives here, and whether that keeps a GPU busy"),
     "audit": ("shards.ledger", "proof from training's ledgers that every sample was served exactly once"),
-    "cat": ("shards.cli", "one sample as a tar, or one of its members, to stdout"),
 }
 BAD_SHARDS = 3
 

@@ -14,6 +14,7 @@ from shards.storage import Store
 from shards.tar import END, MAX_TEXT_BYTES, Field, frame, npy_header
 
 FORMAT_VERSION = 1
+SUFFIXES = (".tar", ".idx.npy", ".json")  # of a shard's files, in the order in which they are written
 Checksum = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]  # xxh3-64
 
 

@@ -1,5 +1,6 @@
 """Every byte of a data set against what spec, records, indices and manifest say of it."""
 
+import errno
 import os
 import threading
 import time
@@ -9,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.manifest import MANIFEST, Manifest, Plan, load_manifest, read_plan
-from shards.record import Record, complete_record, key_digest
+from shards.record import SUFFIXES, Record, complete_record, key_digest
 from shards.storage import Store
 from shards.tar import END, Sample, decode
 
@@ -68,10 +68,19 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
 
 
 def _checked(store: Store, plan: Plan, manifest: Manifest | None, index: int, buffers: threading.local) -> Record | str:
-    try:
-        return check_shard(store, plan, manifest, index, buffers)
-    except (ValueError, EOFError, FileNotFoundError) as error:
-        return f"{plan.shard_name(index)}: {error}"
+    """The record of a good shard, or what is wrong with it, twice: a bit that flips on the way is no damage."""
+    for _ in range(2):
+        try:
+            return check_shard(store, plan, manifest, index, buffers)
+        except (ValueError, EOFError, FileNotFoundError) as error:
+            wrong = str(error)
+        except OSError as error:
+            if error.errno != errno.EIO:  # a disk that lost the bytes; anything else is not the shard's fault
+                raise
+            wrong = str(error)
+        for suffix in SUFFIXES:
+            store.forget(plan.shard_name(index) + suffix)
+    return f"{plan.shard_name(index)}: {wrong}"
 
 
 def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int, buffers: threading.local) -> Record:
@@ -85,16 +94,19 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int,
         _expect("fields, by the manifest,", record.fields, manifest.fields)
         _expect("checksum, by the manifest,", record.checksum, manifest.checksum(index))
         _expect("index checksum, by the manifest,", record.index_checksum, manifest.index_checksum(index))
-    entries = record.read_index(store)
+    entries = record.read_index(store).tolist()
     whole, keys = xxhash.xxh3_64(), []
-    for first, data in _runs(store, name, entries, buffers):
+    for rows, data in _runs(store, name, entries, buffers):
         whole.update(data)
-        for row, sample in enumerate(_split(data, entries[first:]), first):
+        for row in rows:
+            offset, size, checksum = entries[row]
+            place = offset - entries[rows[0]][0]
+            sample = data[place : place + size]
             try:
-                _expect("hash", xxhash.xxh3_64_intdigest(sample), int(entries[row, 2]))
+                _expect("hash", xxhash.xxh3_64_intdigest(sample), checksum)
                 keys.append(decode(sample, record.fields)[0])
             except ValueError as error:
-                raise ValueError(f"sample {row}, at byte {entries[row, 0]}: {error}") from None
+                raise ValueError(f"sample {row}, at byte {offset}: {error}") from None
     end = bytearray(len(END))
     store.read_range(f"{name}.tar", record.num_bytes - len(END), [memoryview(end)])
     whole.update(end)
@@ -112,30 +124,21 @@ def _expect(what: str, found: object, expected: object) -> None:
 
 
 def _runs(
-    store: Store, name: str, entries: NDArray[np.uint64], buffers: threading.local
-) -> Iterator[tuple[int, memoryview]]:
-    """The tar's samples in runs of neighbours: index of the first and their bytes, valid until the next run."""
+    store: Store, name: str, entries: list[list[int]], buffers: threading.local
+) -> Iterator[tuple[range, memoryview]]:
+    """The tar's samples in runs of neighbours: their rows and their bytes, valid until the next run."""
     first = 0
     while first < len(entries):
-        sizes = np.cumsum(entries[first:, 1])
-        last = first + max(1, int(np.searchsorted(sizes, READ_BYTES, "right")))
-        num_bytes = int(sizes[last - first - 1])
+        start, num_bytes, end = entries[first][0], entries[first][1], first + 1
+        while end < len(entries) and num_bytes + entries[end][1] <= READ_BYTES:
+            num_bytes += entries[end][1]
+            end += 1
         if len(getattr(buffers, "data", b"")) < num_bytes:
             buffers.data = bytearray(max(num_bytes, READ_BYTES))
         data = memoryview(buffers.data)[:num_bytes]
-        store.read_range(f"{name}.tar", int(entries[first, 0]), [data])
-        yield first, data
-        first = last
-
-
-def _split(data: memoryview, entries: NDArray[np.uint64]) -> Iterator[memoryview]:
-    """The samples of a run."""
-    offset = 0
-    for size in entries[:, 1].tolist():
-        if offset == len(data):
-            return
-        yield data[offset : offset + size]
-        offset += size
+        store.read_range(f"{name}.tar", start, [data])
+        yield range(first, end), data
+        first = end
 
 
 def read_sample(store: Store, manifest: Manifest, index: int) -> Sample:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shards.record import FORMAT_VERSION, Record, encode_index, key_digest
+from shards.record import FORMAT_VERSION, SUFFIXES, Record, encode_index, key_digest
 from shards.storage import Store
 from shards.tar import END, Field, Sample, canonical_json, encode
 
@@ -77,5 +77,5 @@ def _fields_of(sample: Sample, dtypes: Mapping[str, str]) -> tuple[Field, ...]:
 
 def discard(store: Store, name: str) -> None:
     """Delete a shard, its record first, so that no moment leaves a record without its shard."""
-    for suffix in (".json", ".idx.npy", ".tar"):
+    for suffix in reversed(SUFFIXES):
         store.delete(f"{name}{suffix}")

@@ -1,5 +1,6 @@
 """Damage of every kind is found by `verify`, and never served by the reader as if it were the sample."""
 
+import errno
 import json
 import pickle
 import random
@@ -68,6 +69,34 @@ def test_the_manifest_binds_its_shards(tmp_path):
     bind(store, {"seed": 5}, plan.num_samples, plan.samples_per_shard)
     with pytest.raises(ValueError, match="the manifest seals spec"):
         verify(store)
+
+
+def test_only_damage_that_stays_is_the_shards(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    write_set(store)
+    read_range, faults = store.read_range, iter([])
+
+    def faulty(name, offset, buffers):
+        read_range(name, offset, buffers)
+        fault = next(faults, None)
+        if isinstance(fault, Exception):
+            raise fault
+        if fault:
+            buffers[0][700] ^= 1
+
+    monkeypatch.setattr(store, "read_range", faulty)
+    broken = OSError(errno.EIO, "Input/output error")
+    faults = iter(["flip"])
+    assert not verify(store, [0], num_threads=1).bad
+    faults = iter([broken])
+    assert not verify(store, [0], num_threads=1).bad
+    faults = iter(["flip", "flip"])
+    assert "the hash is" in verify(store, [0], num_threads=1).bad[0]
+    faults = iter([broken, broken])
+    assert "Input/output error" in verify(store, [0], num_threads=1).bad[0]
+    faults = iter([PermissionError(errno.EACCES, "expired")])
+    with pytest.raises(PermissionError):
+        verify(store, [0], num_threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,9 @@ class ShardDataModule(pl.LightningDataModule):
             storage=self.config.storage,
         )
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
     def state_dict(self) -> dict[str, Any]:
         return self._training_loader.state_dict() if self._training_loader else self._state
 

@@ -136,9 +136,6 @@ class SeparationSystem(pl.LightningModule):
 
     # Training
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._keys += batch.keys
         loss = self._mean_loss(batch, self._windows_of_step())

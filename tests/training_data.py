@@ -21,8 +21,8 @@ ENCODER = "test:tones"
 
 
 def tones(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The asked and the other source of sample `index`, float32 [1, L]."""
-    rng = np.random.default_rng(index)
+    """The asked and the other source of sample `index`, float32 [1, L]; 2 n and 2 n + 1 ask for both of a mixture."""
+    rng = np.random.default_rng(index // 2)
     times = np.arange(LENGTH) / SAMPLE_RATE
     both = [np.sin(2 * np.pi * (rng.uniform(low, low + 900) * times + rng.random())) for low in (300, 2400)]
     waves = [torch.from_numpy(rng.uniform(0.2, 0.5) * wave[None]).float() for wave in both]

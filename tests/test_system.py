@@ -119,5 +119,5 @@ def test_precision_compilation_and_fine_tuning(tmp_path: Path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="not written by `audiosep train`"):
+    with pytest.raises(ValueError, match="neither a checkpoint of `audiosep train` nor a released one"):
         load_system(tmp_path / "other.ckpt")

@@ -2,8 +2,8 @@
 
 Read are upstream's JSON ({"data": [{"wav": ..., "caption": ...}]}), JSONL, CSV and TSV. `path` may stand for `wav`;
 further phrasings of the caption are in `captions`, a list (in CSV and TSV divided by "|"). `kind`, `source`, `author`,
-`licence` and `recording` are optional. `byte_offset` and `byte_size` name a clip inside a larger file, such as a member
-of a tar (`audiosep index`)."""
+`licence` and `recording` are optional. A path such as `a.tar#b.flac`, with `byte_offset` and `byte_size`, names a
+member of a tar (`audiosep index` writes them)."""
 
 import csv
 import hashlib
@@ -100,7 +100,8 @@ class Catalogue:
 
 
 def resolve(path: str, folder: str) -> str:
-    """The path or URL of a clip that a catalogue in `folder` names `path`."""
+    """The path or URL of the file that holds the clip which a catalogue in `folder` names `path`."""
+    path = path.partition("#")[0] if ".tar#" in path else path
     if "://" in path or os.path.isabs(path):
         return path
     return f"{folder.rstrip('/')}/{path}" if "://" in folder else os.path.join(folder, path)

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "index": "tars of audio and captions into a catalogue",
+    "check": "catalogues of splits, for clips that are twice in them",
     "precompute": "clip catalogues into STFT shards",
     "train": "shards into a model; the same command resumes",
     "evaluate": "a checkpoint's SDR, SDRi, SI-SDR and SI-SDRi on shards or benchmark folders",

@@ -1,5 +1,6 @@
 """A clip's crop: found, decoded from where it starts to where it ends and no further, mono, at one sample rate."""
 
+import functools
 import io
 import os
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import soxr
 from pydantic import Field
 
 from audiosep.catalogue import Clip
-from shards.storage import open_store
+from shards.storage import StorageConfig, Store, open_store
 
 RESAMPLING_MARGIN = 1024  # samples at the lower rate on each side of a crop: longer than half the filter
 
@@ -48,13 +49,15 @@ class Rejection(Exception):
         self.reason, self.detail = reason, detail
 
 
-def read_crop(clip: Clip, fraction: float, config: ClipConfig) -> tuple[np.ndarray, int]:
+def read_crop(
+    clip: Clip, fraction: float, config: ClipConfig, storage: StorageConfig | None = None
+) -> tuple[np.ndarray, int]:
     """A crop of `config.length` samples, float32 [L], and where it starts in the clip, samples at `config.sample_rate`.
 
     `fraction` in [0, 1) says where between the first and the last possible start. A shorter clip is padded with zeros.
     Raises Rejection for a clip that is missing, undecodable, truncated, short, silent or not finite. Other trouble,
     such as a lost connection, says nothing about the clip and comes as OSError."""
-    with _open(clip) as file:
+    with open_clip(clip, storage) as file:
         seconds = file.frames / file.samplerate
         if seconds < config.min_clip_seconds:
             raise Rejection("short", f"{seconds:.3f} s")
@@ -68,9 +71,9 @@ def read_crop(clip: Clip, fraction: float, config: ClipConfig) -> tuple[np.ndarr
     return crop, offset
 
 
-def read_crop_at(clip: Clip, offset: int, config: ClipConfig) -> np.ndarray:
+def read_crop_at(clip: Clip, offset: int, config: ClipConfig, storage: StorageConfig | None = None) -> np.ndarray:
     """The crop that `read_crop` once found at `offset`. Raises Rejection if there is no such audio any more."""
-    with _open(clip) as file:
+    with open_clip(clip, storage) as file:
         return _crop(file, offset, config)
 
 
@@ -84,10 +87,11 @@ def _crop(file: soundfile.SoundFile, offset: int, config: ClipConfig) -> np.ndar
     return np.pad(crop, (0, config.length - len(crop))) if len(crop) < config.length else crop
 
 
-def _open(clip: Clip) -> soundfile.SoundFile:
+def open_clip(clip: Clip, storage: StorageConfig | None = None) -> soundfile.SoundFile:
+    """The clip's audio file, or the part of a larger one that it is. Raises Rejection if there is no audio."""
     try:
         if "://" in clip.location or clip.byte_range:
-            return soundfile.SoundFile(io.BytesIO(_read_bytes(clip)))
+            return soundfile.SoundFile(io.BytesIO(_read_bytes(clip, storage)))
         # By descriptor, so that a missing file, a forbidden one and one that is no audio are told apart.
         return soundfile.SoundFile(os.open(clip.location, os.O_RDONLY | os.O_CLOEXEC))
     except FileNotFoundError:
@@ -98,15 +102,21 @@ def _open(clip: Clip) -> soundfile.SoundFile:
         raise Rejection("undecodable", error.error_string) from None
 
 
-def _read_bytes(clip: Clip) -> bytes | bytearray:
+def _read_bytes(clip: Clip, storage: StorageConfig | None) -> bytes | bytearray:
     folder, _, name = clip.location.rpartition("/")
-    store = open_store(folder)
+    store = _open_store(folder, storage)
     if not clip.byte_range:
         return store.read(name)
     offset, size = clip.byte_range
     data = bytearray(size)
     store.read_range(name, offset, [memoryview(data)])
     return data
+
+
+@functools.lru_cache(64)
+def _open_store(folder: str, storage: StorageConfig | None) -> Store:
+    """The same store for all clips of a folder: it keeps connections and open files."""
+    return open_store(folder, storage)
 
 
 def _decode(file: soundfile.SoundFile, offset: int, length: int, config: ClipConfig) -> np.ndarray:

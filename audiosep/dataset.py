@@ -260,5 +260,5 @@ class Renderer:
         if key not in self._crops:
             if len(self._crops) == 2 * GROUP_TARGETS:
                 del self._crops[next(iter(self._crops))]
-            self._crops[key] = read_crop(source.clip, source.fraction, self._config.clips)
+            self._crops[key] = read_crop(source.clip, source.fraction, self._config.clips, self._config.storage)
         return self._crops[key]

@@ -19,7 +19,7 @@ from audiosep.recipes import Recipe, Source
 from audiosep.samples import CONDITION, Encoder, Rendered
 from audiosep.stft import StftConfig
 from shards.manifest import Manifest, load_manifest
-from shards.storage import Store, open_store
+from shards.storage import StorageConfig, Store, open_store
 from shards.tar import Sample
 from shards.verify import read_sample
 
@@ -33,17 +33,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("key", help="the sample's key, which is its number")
     parser.add_argument("--clips", action="append", help="where the clips are now, once for each catalogue file")
     parser.add_argument("--listen", metavar="OUT", help="folder for WAVs of mixture, target and each interferer")
+    parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     options = parser.parse_args(arguments)
     if not options.key.isdigit():
         raise ValueError(f"{options.key!r} is no key: keys are the samples' numbers, such as 000000123.")
-    store = open_store(options.root)
+    storage = build_config(StorageConfig, json.loads(options.options), "--options")
+    store = open_store(options.root, storage)
     manifest = load_manifest(store)
     if int(options.key) >= manifest.num_samples:
         raise ValueError(f"{options.root} has samples 0 to {manifest.num_samples - 1}, not {options.key}.")
     stored = read_sample(store, manifest, int(options.key))
     print("\n".join(describe(stored, manifest)))
     try:
-        rendered = render(stored.text, manifest.spec, options.clips or folders_of(store))
+        rendered = render(stored.text, manifest.spec, options.clips or folders_of(store), storage)
     except Rejection as rejection:
         raise ValueError(
             f"It can't be made again: {rejection}. Say where the clips are now with --clips FOLDER."
@@ -72,7 +74,9 @@ def describe(sample: Sample, manifest: Manifest) -> Iterator[str]:
         yield "    " + (", ".join(filter(None, map(source.get, ("author", "licence", "source")))) or "no licence known")
 
 
-def render(text: Mapping[str, Any], spec: Mapping[str, Any], folders: Sequence[str]) -> Rendered:
+def render(
+    text: Mapping[str, Any], spec: Mapping[str, Any], folders: Sequence[str], storage: StorageConfig
+) -> Rendered:
     """The mixture that a sample's JSON describes, from clips in `folders`, one for each catalogue file.
 
     Raises Rejection for a clip that is not there any more."""
@@ -81,7 +85,7 @@ def render(text: Mapping[str, Any], spec: Mapping[str, Any], folders: Sequence[s
     described.insert(text["target_slot"], text["target"])
     sources = tuple(_source(number, each, folders) for number, each in enumerate(described))
     offsets = tuple(each["offset"] for each in described)
-    crops = [read_crop_at(source.clip, offset, config) for source, offset in zip(sources, offsets)]
+    crops = [read_crop_at(source.clip, offset, config, storage) for source, offset in zip(sources, offsets)]
     gains_db = tuple(each["gain_db"] for each in described[1:])
     recipe = Recipe(text["index"], text["index"], sources, gains_db, text["noise_gain_db"], text["target_slot"])
     return Rendered(recipe, sources, offsets, mix(crops[0], crops[1:], gains_db, text["noise_gain_db"]))

@@ -20,13 +20,14 @@ import torch
 from tqdm import tqdm
 
 from audiosep.clips import Rejection
+from audiosep.config import build_config
 from audiosep.explain import folders_of, render
 from audiosep.samples import Batch, decode
 from audiosep.stft import istft
 from shards.loader import ShardLoader
 from shards.manifest import Manifest, load_manifest
 from shards.record import read_record
-from shards.storage import Store, open_store
+from shards.storage import StorageConfig, Store, open_store
 
 SILENT_DB = -60.0  # below the loudest frame, a frame counts as silence
 MAX_RECORDS = 1000  # records looked through for examples of rejected clips
@@ -39,12 +40,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--samples", type=int, default=20_000, help="samples looked at, chosen at random, at most")
     parser.add_argument("--examples", type=int, default=6, help="samples shown with pictures and players")
     parser.add_argument("--clips", action="append", help="where the clips are now, once for each catalogue file")
+    parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     options = parser.parse_args(arguments)
-    store = open_store(options.root)
+    storage = build_config(StorageConfig, json.loads(options.options), "--options")
+    store = open_store(options.root, storage)
     manifest = load_manifest(store)
-    survey, examples = look(manifest, min(options.samples, manifest.num_samples), options.examples)
+    survey, examples = look(manifest, storage, min(options.samples, manifest.num_samples), options.examples)
     folders = options.clips or (folders_of(store) if store.size("origin.json") is not None else [])
-    page = "".join(compose(store, manifest, survey, [show(*each, manifest, folders) for each in examples]))
+    page = "".join(compose(store, manifest, survey, [show(*each, manifest, folders, storage) for each in examples]))
     Path(options.output).write_text(page, encoding="utf-8")
     print(f"wrote {options.output} ({len(page) / 1e6:.1f} MB)")
     return 0
@@ -68,12 +71,16 @@ class Survey:
     sounding_seconds: list[float] = field(default_factory=list)
 
 
-def look(manifest: Manifest, num_samples: int, num_examples: int) -> tuple[Survey, list[tuple[Batch, int]]]:
+def look(
+    manifest: Manifest, storage: StorageConfig, num_samples: int, num_examples: int
+) -> tuple[Survey, list[tuple[Batch, int]]]:
     """Stream `num_samples` samples, and keep some as (batch, row) to show."""
     window = min(int(f.name.partition(".")[2]) for f in manifest.fields if f.name.startswith("stft_mixture."))
     names = (f"stft_mixture.{window}", f"stft_segment.{window}")
     batch_size = min(16, num_samples)
-    loader = ShardLoader(manifest, batch_size=batch_size, fields=names, drop_last=False, max_samples=num_samples)
+    loader = ShardLoader(
+        manifest, batch_size=batch_size, fields=names, drop_last=False, max_samples=num_samples, storage=storage
+    )
     survey, examples, start = Survey(), list[tuple[Batch, int]](), time.perf_counter()
     with tqdm(total=num_samples, unit="sample", desc="report") as bar:
         for stored in loader:
@@ -124,10 +131,10 @@ def _db(power: float) -> float:
     return 10 * math.log10(max(power, 1e-12))
 
 
-def show(batch: Batch, row: int, manifest: Manifest, folders: Sequence[str]) -> str:
+def show(batch: Batch, row: int, manifest: Manifest, folders: Sequence[str], storage: StorageConfig) -> str:
     """One sample as HTML: pictures of mixture and target, players where there is audio, and its sources."""
     info, window = batch.info[row], min(batch.mixture)
-    audio = _audio(batch, row, manifest.spec, folders)
+    audio = _audio(batch, row, manifest.spec, folders, storage)
     loudest = batch.mixture[window][row, 0].abs().max().item()
     panels = ""
     for name, spectrograms in (("mixture", batch.mixture), ("target", batch.segment)):
@@ -144,7 +151,9 @@ def show(batch: Batch, row: int, manifest: Manifest, folders: Sequence[str]) -> 
     return f'<article>{heading}<div class="panels">{panels}</div><p>beside</p><ul>{others}</ul>{origin}</article>'
 
 
-def _audio(batch: Batch, row: int, spec: Mapping[str, Any], folders: Sequence[str]) -> dict[str, str]:
+def _audio(
+    batch: Batch, row: int, spec: Mapping[str, Any], folders: Sequence[str], storage: StorageConfig
+) -> dict[str, str]:
     """Mixture and target as data URLs: from complex spectrograms, else made again from the clips if they are there."""
     window = min(batch.mixture)
     if batch.mixture[window].is_complex():
@@ -154,7 +163,7 @@ def _audio(batch: Batch, row: int, spec: Mapping[str, Any], folders: Sequence[st
         )
     else:
         try:
-            rendered = render(batch.info[row], spec, folders)
+            rendered = render(batch.info[row], spec, folders, storage)
         except (Rejection, ValueError, OSError):
             return {}
         mixture, target = rendered.mixed.mixture, rendered.segment

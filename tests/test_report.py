@@ -10,6 +10,7 @@ from audio import open_dataset, small_config, write_bad, write_catalogue
 from audiosep.dataset import Renderer
 from audiosep.report import look, main
 from shards.manifest import load_manifest, seal
+from shards.storage import StorageConfig
 
 
 def make(folder, representation="magnitude"):
@@ -66,7 +67,7 @@ def test_without_the_clips_there_are_pictures_and_no_players(tmp_path):
 
 def test_levels_are_those_of_the_waveforms(tmp_path):
     dataset = make(tmp_path)
-    survey, _ = look(load_manifest(tmp_path / "root"), 30, 6)
+    survey, _ = look(load_manifest(tmp_path / "root"), StorageConfig(), 30, 6)
     assert survey.num_samples == sum(survey.captions.values()) == 30
     renderer = Renderer(dataset.recipes, dataset.config, [])
     rendered = [renderer.render(index) for index in range(30)]

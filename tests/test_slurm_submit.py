@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,15 @@ def test_an_array_is_followed_by_its_sealing_job(
     assert "--array" not in again, "nothing is unfinished, so there is nothing to render"
 
 
-def test_the_warning_signal_stops_a_task_which_requeues_itself(cluster: Cluster, tmp_path: Path) -> None:
-    main(["precompute", "--config", write_config(tmp_path, num_shards=3, seconds=3.0)])
+def test_a_task_near_its_time_limit_stops_and_requeues_itself(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_config(tmp_path, num_shards=1, seconds=40.0, precompute={"time": "2", "warn_seconds": 50})
+    assert main(["precompute", "--config", config]) == 0
     task = f"{job_ids(tmp_path)['precompute-demo-1']}_1"
-    cluster.wait("the task's own process", lambda: processes("standin.py", "precompute", "--shards 0"), 20)
-    time.sleep(0.5)
-    cluster.run("scancel", "--signal=USR1", task)
+    cluster.wait("the task's own process", lambda: processes("standin.py", "precompute", "--shards"), 20)
+    cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=1")  # so the warning is due 10 s after the start
+    cluster.wait("the requeue", lambda: cluster.state(task) == "PENDING", 39)
+    settings = tmp_path / "run of it" / "precompute-demo-1.yaml"
+    settings.write_text(settings.read_text().replace("40.0", "0.0"))
     cluster.wait_idle(60)
     log = log_of(tmp_path, "precompute-demo-1")
     assert "ended with status 75 (restart 0)" in log

@@ -49,9 +49,8 @@ def _run(words: list[str]) -> int:
     run = Run(load_config(options.config, overrides, options.command))
     if options.command == "status":
         return _status(run, options.json, options.watch)
-    jobs = {"precompute": pipeline.precompute, "train": pipeline.train, "pipeline": pipeline.pipeline}[options.command](
-        run
-    )
+    stages = {"precompute": pipeline.precompute, "train": pipeline.train, "pipeline": pipeline.pipeline}
+    jobs = stages[options.command](run)
     if options.dry_run:
         print("\n".join(show(jobs)))
         return 0

@@ -131,17 +131,20 @@ def step(
     again, reason = f'[ "$status" -eq {STOPPED} ]', f"{STOPPED}: stopped cleanly by a signal, so it goes on from there."
     if requeue_killed:
         again, reason = f'{{ {again} || [ "$status" -gt 128 ]; }}', f"{reason} Above 128: a task was killed."
-    return [
-        " \\\n    ".join([*parts, *command]),
-        "status=$?",
-        'echo "ended with status $status (restart ${SLURM_RESTART_COUNT:-0})"',
+    requeue = [
         "",
         f"# {reason}",
         f'if {again} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {resources.max_restarts} ]; then',
         '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",
-        'exit "$status"',
     ]
+    return with_status(" \\\n    ".join([*parts, *command]), requeue)
+
+
+def with_status(command: str, afterwards: Sequence[str] = ()) -> list[str]:
+    """Shell lines that run `command`, tell its status in the last line of the log, and end with it."""
+    tell = 'echo "ended with status $status (restart ${SLURM_RESTART_COUNT:-0})"'
+    return [command, "status=$?", tell, *afterwards, 'exit "$status"']
 
 
 def check_script(script: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slurm.job import STOPPED, Resources, check_resources, render, step
+from slurm.job import STOPPED, Resources, check_resources, render, step, with_status
 from slurm.status import last_words
 from slurm.submit import (
     Job,
@@ -111,7 +111,7 @@ def render_round(run: Run, file: Path, plan: Plan, split: str, attempt: int, rou
     )
     words = [sys.executable, "-m", "slurm", "finish", str(run.folder), split, str(attempt), str(rounds_left)]
     settings = {f"precompute-{split}-{attempt}.yaml": file.read_text()}
-    script = _script(run, name, purpose, run.config.seal, [shlex.join(words)])
+    script = _script(run, name, purpose, run.config.seal, with_status(shlex.join(words)))
     seal = Job(name, script, settings, plan=plan)
     if not plan.unfinished:
         return [seal]
@@ -121,6 +121,11 @@ def render_round(run: Run, file: Path, plan: Plan, split: str, attempt: int, rou
 
 def _array(run: Run, split: str, attempt: int, unfinished: list[int]) -> Job:
     config, name = run.config.precompute, f"precompute-{split}-{attempt}"
+    if config.nodes * config.num_tasks_per_node != 1:
+        raise ValueError(
+            f"precompute asks for {config.nodes} nodes of {config.num_tasks_per_node} tasks, but an array element "
+            "is one task: all would render the same shards. Raise max_tasks, and cpus_per_task for more processes."
+        )
     num_tasks = min(config.max_tasks, len(unfinished), max_array_size() - 1)
     shares = [",".join(map(str, unfinished[task::num_tasks])) for task in range(num_tasks)]
     if len(shares[0]) > LONGEST_ARGUMENT:

@@ -72,9 +72,9 @@ def read_status(run: Run) -> Status:
     data_sets = [_progress(run, entry, entry.data_set) for entry in newest.values() if entry.data_set]
     stages, failures = [], []
     for entry in submissions:
-        logs = {_task(log): log for log in run.log_folder.glob(f"{entry.name}-{entry.job_id}[._]*")}
-        tasks = {task: _state_in(log) for task, log in logs.items()}
-        tasks |= {task: state for task, state in states.items() if task.split("_")[0] == entry.job_id}
+        logs = {log.stem.rpartition("-")[2]: log for log in run.log_folder.glob(f"{entry.name}-{entry.job_id}[._]*")}
+        tasks = {task: state for task, state in states.items() if task.split("_")[0] == entry.job_id}
+        tasks |= {task: _state_in(log) for task, log in logs.items() if task not in tasks}
         stages.append(Stage(entry.name, entry.job_id, dict(Counter(tasks.values()))))
         if entry in newest.values():
             bad = [task for task, state in tasks.items() if state.split(" ")[0] in BAD_STATES]
@@ -111,25 +111,24 @@ def _progress(run: Run, entry: Submission, data_set: DataSet) -> Progress:
     missing = [part.split("-") for part in facts.get("missing_shards", "").split(",") if part]
     left = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in missing)
     rate = (entry.num_unfinished - left) / max(time.time() - entry.time, 1.0) * 3600
-    end = (
-        datetime.fromtimestamp(time.time() + left / rate * 3600).isoformat(" ", "minutes") if left and rate > 0 else ""
-    )
+    end = ""
+    if left and rate > 0:
+        end = datetime.fromtimestamp(time.time() + left / rate * 3600).isoformat(" ", "minutes")
     return Progress(data_set.root, facts["num_shards"], facts["num_shards"] - left, left, rate, end)
 
 
 def _states(job_ids: list[str]) -> dict[str, str]:
     """State of each task that Slurm still knows, by "job" or "array_task"."""
-    rows = slurm_command("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T").splitlines()
-    with contextlib.suppress(ValueError):  # many clusters keep no accounting; where they do, it lags, so squeue wins
-        rows = (
-            slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(job_ids), "-o", "JobID,State").splitlines() + rows
-        )
+    rows: list[str] = []
+    with contextlib.suppress(ValueError):  # many clusters keep no accounting
+        rows += slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(job_ids), "-o", "JobID,State").splitlines()
+    rows += slurm_command("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T").splitlines()  # newer, so it wins
     states = dict(row.split("|") for row in rows)
-    return {task: state for task, state in states.items() if task.split("_")[0] in job_ids}
-
-
-def _task(log: Path) -> str:
-    return log.stem.rpartition("-")[2]
+    return {
+        task: state
+        for task, state in states.items()
+        if re.fullmatch(r"(\d+)(_\d+)?", task) and task.split("_")[0] in job_ids
+    }
 
 
 def _state_in(log: Path) -> str:
@@ -141,4 +140,8 @@ def _state_in(log: Path) -> str:
 
 
 def _tail(log: Path | None, count: int = 5) -> list[str]:
-    return log.read_text(errors="replace").splitlines()[-count:] if log else []
+    if not log:
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 10_000))
+        return file.read().decode(errors="replace").splitlines()[-count:]

@@ -140,11 +140,10 @@ def show(jobs: Sequence[Job]) -> Iterator[str]:
 def max_array_size() -> int:
     """The cluster's limit on an array's indices (the largest is one less); Slurm's default where no cluster answers."""
     try:
-        return int(
-            re.findall(r"^MaxArraySize\s*=\s*(\d+)", slurm_command("scontrol", "show", "config"), re.MULTILINE)[0]
-        )
+        settings = slurm_command("scontrol", "show", "config")
     except ValueError:
         return 1001
+    return int(re.findall(r"^MaxArraySize\s*=\s*(\d+)", settings, re.MULTILINE)[0])
 
 
 def move_dependents(old_id: str, new_id: str) -> None:
@@ -153,7 +152,7 @@ def move_dependents(old_id: str, new_id: str) -> None:
         job_id, _, dependency = line.partition(" ")
         if re.search(rf":{old_id}\b", dependency):
             moved = re.sub(rf":{old_id}\b", f":{new_id}", dependency.replace("(unfulfilled)", ""))
-            slurm_command("scontrol", "update", f"JobId={job_id}", f"Dependency={moved}")
+            slurm_command("scontrol", "update", f"JobId={job_id.split('_')[0]}", f"Dependency={moved}")
 
 
 def slurm_command(*words: str) -> str:

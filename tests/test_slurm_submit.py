@@ -93,6 +93,7 @@ def test_what_is_missing_is_submitted_again_and_training_waits_for_it(cluster: C
     cluster.wait_idle(90)
     ids = job_ids(tmp_path)
     assert [*ids] == ["precompute-demo-1", "seal-demo-1", "train-1", "precompute-demo-2", "seal-demo-2"]
+    cluster.run("shellcheck", *(str(tmp_path / "run of it" / f"{name}.sbatch") for name in ids))
     assert (tmp_path / "run of it" / "precompute-demo-2.txt").read_text() == "4\n"
     assert cluster.state(ids["train-1"]) == "COMPLETED"
     order = (
@@ -148,6 +149,25 @@ def test_a_request_that_cannot_be_met_is_refused_and_leaves_nothing_behind(
     assert main(["pipeline", "--config", write_config(tmp_path, train=train)]) == 2
     assert complaint in capsys.readouterr().err.lower()
     assert cluster.jobs() == before
+
+
+def test_an_array_element_of_several_tasks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, precompute={"gpus_per_node": 4})
+    assert main(["precompute", "--config", config, "--dry-run"]) == 2
+    assert "would render the same shards" in capsys.readouterr().err
+
+
+def test_how_jobs_ended_is_known_when_slurm_has_forgotten_them(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, poison=4, precompute={"max_rounds": 1})
+    assert main(["precompute", "--config", config]) == 0
+    cluster.wait_idle(60)
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    status = status_of(config, capsys)
+    assert [stage["states"] for stage in status["stages"]] == [{"COMPLETED": 2, "FAILED 3": 1}, {"FAILED 1": 1}]
 
 
 def test_a_big_request_is_accepted_where_such_nodes_are(cluster: Cluster, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 T = TypeVar("T")
 SCRIPT = Path(__file__).parent / "cluster.sh"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "nsenter")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "nsenter", "shellcheck")
 
 
 class Cluster:
@@ -95,7 +95,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     missing = [program for program in PROGRAMS if not shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin")]
     reason = f"no {', '.join(missing)} here" if missing else "not root" if os.geteuid() else ""
     if reason and not os.environ.get("CI"):
-        pytest.skip(f"a Slurm cluster needs the packages munge slurmctld slurmd slurm-client, and root: {reason}")
+        pytest.skip(
+            f"a Slurm cluster needs the packages munge slurmctld slurmd slurm-client shellcheck, and root: {reason}"
+        )
     assert not reason, reason
     cluster = Cluster(tmp_path_factory.mktemp("lab"))
     os.environ["SLURM_CONF"] = str(cluster.conf)

@@ -96,6 +96,7 @@ class S3Server(Server):
         command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}", *ports]
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}"]
         credentials = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+        self.environment = credentials | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_REGION": "us-east-1"}
         # Signatures are demanded (403) once the keys are loaded, and the bucket made last is there.
         super().__init__(command, folder, lambda: _status(f"{self.endpoint}/{BUCKET}") == 403, credentials)
 

@@ -1,6 +1,8 @@
 """The `audiosep` command: help without work, and one message for what a user can mend."""
 
+import re
 import sys
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
@@ -23,6 +25,19 @@ def test_help_lists_every_command_and_loads_none(words: list[str], capsys: pytes
     text = capsys.readouterr().out
     assert all(name in text for name in cli.COMMANDS)
     assert not {f"audiosep.{name}" for name in cli.COMMANDS} & (set(sys.modules) - before)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself_and_each_of_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: audiosep {name}")
+    lines = text.splitlines()
+    for key, meaning in pairwise(lines):
+        if re.match(r"  --[\w.]+  \(", key):
+            assert re.match(r" {8}\w", meaning), key
 
 
 def test_a_command_gets_its_arguments_and_its_status_is_returned(command: ModuleType) -> None:

@@ -2,10 +2,11 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -15,8 +16,11 @@ from pydantic import Field
 
 import audiosep
 import shards
-import slurm
+import slurm.config
 from audiosep.config import build_config, describe, load_config, plain
+from audiosep.dataset import PrecomputeConfig
+from audiosep.demo import DemoConfig
+from audiosep.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -149,10 +153,45 @@ def keys_without_description(config: type) -> Iterator[str]:
             yield item.name
 
 
-@pytest.mark.parametrize("file", sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml")), ids=lambda f: f.name)
-def test_shipped_configs_are_mappings_with_comments(file: Path) -> None:
-    assert isinstance(yaml.safe_load(file.read_text()), dict)
-    assert file.read_text().startswith("#"), "the first line says what the config is for"
+SHIPPED = Path(__file__).parent.parent / "configs"
+EMBEDDING_SIZES = {"minilm": 384, "clap": 512}
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.rglob("*.yaml")), ids=lambda file: str(file.relative_to(SHIPPED)))
+def test_shipped_configs_are_read_by_the_command_they_are_for(file: Path) -> None:
+    readers: dict[str, Callable[[Path], Any]] = {
+        "precompute": partial(load_config, PrecomputeConfig),
+        "train": partial(load_config, TrainConfig),
+        "slurm": slurm.config.load_config,
+        "configs": partial(load_config, DemoConfig),
+    }
+    readers[file.parent.name](file)
+    assert file.read_text().startswith("# "), "the first line says what the config is for"
+
+
+def test_shipped_training_configs_fit_the_shards_that_they_name() -> None:
+    """Each trains on what a shipped precompute config makes: with its windows, and embeddings of the model's size."""
+    shards_at = {config.root: config for config in map(partial(load_config, PrecomputeConfig), precompute_configs())}
+    for file in sorted((SHIPPED / "train").glob("*.yaml")):
+        config = load_config(TrainConfig, file)
+        model = config.system.model
+        assert isinstance(config.data.train, str)
+        for root in filter(None, [config.data.train, config.data.valid]):
+            made = shards_at[root]
+            queries = made.queries or config.data.queries
+            assert queries is not None, file
+            assert EMBEDDING_SIZES[queries.encoder] == model.condition_size, file
+            assert set(config.system.windows) <= set(made.stft.window_lengths), file
+
+
+def precompute_configs() -> list[Path]:
+    return sorted((SHIPPED / "precompute").glob("*.yaml"))
+
+
+def test_shipped_slurm_configs_name_configs_that_are_there() -> None:
+    for file in sorted((SHIPPED / "slurm").glob("*.yaml")):
+        config = slurm.config.load_config(file)
+        assert all((SHIPPED.parent / name).exists() for name in (*config.precompute.configs, config.train.config))
 
 
 def test_configs_are_values() -> None:

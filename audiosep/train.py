@@ -4,10 +4,12 @@ Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal,
 
 import argparse
 import io
+import logging
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,6 +102,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(config: TrainConfig) -> int:
     """Train from the beginning or the last checkpoint to the end, or until a signal; returns the exit status."""
+    quieten()
     system, data = build(config)
     last = Path(config.root, "checkpoints", LAST)
     if last.exists():
@@ -112,6 +115,19 @@ def train(config: TrainConfig) -> int:
     trainer = make_trainer(config, data, keeper)
     trainer.fit(system, data, ckpt_path=last if last.exists() else None, weights_only=True)
     return STOPPED if keeper.stopped else DONE
+
+
+def quieten() -> None:
+    """Leave Lightning's warnings, but not its hints about things that are as they are meant to be."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (
+        "The `srun` command is available",
+        "The number of training batches",
+        "Checkpoint directory",
+        "Total length of `list`",
+        r"`isinstance\(treespec, LeafSpec\)`",
+    ):
+        warnings.filterwarnings("ignore", f".*{text}")
 
 
 def build(config: TrainConfig) -> tuple[SeparationSystem, ShardDataModule]:
@@ -129,7 +145,7 @@ def build(config: TrainConfig) -> tuple[SeparationSystem, ShardDataModule]:
 def make_trainer(config: TrainConfig, data: ShardDataModule, keeper: "LastCheckpoint") -> pl.Trainer:
     """A Trainer for one Lightning epoch, which is the whole run: passes over the data are the loader's affair."""
     trainer, validated = config.trainer, bool(config.data.valid)
-    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=trainer.log_steps), Throughput(data, trainer.log_steps)]
+    callbacks: list[Callback] = [Progress(refresh_rate=trainer.log_steps), Throughput(data, trainer.log_steps)]
     if trainer.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=trainer.ema_decay))  # before whatever saves its average
     if validated:
@@ -166,6 +182,17 @@ def make_trainer(config: TrainConfig, data: ShardDataModule, keeper: "LastCheckp
         callbacks=[*callbacks, keeper],
         plugins=plugins,
     )
+
+
+class Progress(TQDMProgressBar):
+    """A bar over the steps that are left."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("training")
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class DurableCheckpoints(TorchCheckpointIO):
@@ -283,6 +310,7 @@ class Examples(Callback):
 
 def plan(config: TrainConfig) -> str:
     """What a run would do, in words, at the speed of its first steps on this machine."""
+    quieten()
     with tempfile.TemporaryDirectory() as folder:
         few = replace(config.trainer, max_steps=6, log_steps=3, ema_decay=None)
         probe = replace(config, root=folder, trainer=few, data=replace(config.data, ledger="", valid=""))

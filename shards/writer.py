@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from shards.record import FORMAT_VERSION, SUFFIXES, Record, encode_index, key_digest
-from shards.storage import Store
+from shards.storage import Sink, Store
 from shards.tar import END, Field, Sample, canonical_json, encode
 
 
@@ -27,52 +28,59 @@ def write_shard(
     All of `num_samples` samples must come, with distinct keys and the first one's fields, or ValueError is raised;
     after any exception from here or from `samples` nothing is committed. `rejected` is read after the last sample, so
     its owner may fill it meanwhile. `dtypes` says what numpy cannot ({"condition": "bfloat16"})."""
-    index = np.zeros((num_samples, 3), np.uint64)
-    whole, keys, fields, offset = xxhash.xxh3_64(), dict[str, None](), None, 0
     with store.writer(f"{name}.tar") as sink:
-        for row, sample in enumerate(samples):
-            found = _fields_of(sample, dtypes or {})
-            fields = fields or found
-            if found != fields:
-                raise ValueError(f"{name}: sample {sample.key} has the fields {found}, the first one has {fields}.")
-            if sample.key in keys or row == num_samples:
-                raise ValueError(f"{name}: sample {sample.key} came twice or after all {num_samples} samples.")
-            buffers = encode(sample)
-            own = xxhash.xxh3_64()
-            for buffer in buffers:
-                own.update(buffer)
-                whole.update(buffer)
-            sink.write(*buffers)
-            size = sum(map(len, buffers))
-            index[row] = offset, size, own.intdigest()
-            keys[sample.key] = None
-            offset += size
-        if len(keys) < num_samples or not fields:
-            raise ValueError(f"{name}: only {len(keys)} of {num_samples} samples came, with the fields {fields}.")
-        whole.update(END)
-        sink.write(END)
-    index_file = encode_index(index)
-    record = Record(
-        format_version=FORMAT_VERSION,
-        shard=name,
-        spec_digest=spec_digest,
-        num_samples=num_samples,
-        num_bytes=offset + len(END),
-        checksum=whole.hexdigest(),
-        index_checksum=xxhash.xxh3_64_hexdigest(index_file),
-        key_digest=key_digest(keys),
-        first_key=next(iter(keys)),
-        last_key=next(reversed(keys)),
-        fields=fields,
-        rejected=list(rejected),
-    )
+        index, keys, fields, checksum = _write_tar(sink, name, samples, num_samples, dtypes or {})
+        index_file = encode_index(index)
+        record = Record(
+            format_version=FORMAT_VERSION,
+            shard=name,
+            spec_digest=spec_digest,
+            num_samples=num_samples,
+            num_bytes=int(index[-1, 0] + index[-1, 1]) + len(END),
+            checksum=checksum,
+            index_checksum=xxhash.xxh3_64_hexdigest(index_file),
+            key_digest=key_digest(keys),
+            first_key=keys[0],
+            last_key=keys[-1],
+            fields=fields,
+            rejected=list(rejected),
+        )
+        record_file = canonical_json(asdict(record))
+        if store.size(f"{name}.json") is not None and store.read(f"{name}.json") != record_file:
+            store.delete(f"{name}.json")  # the record of other bytes must not speak for those that now come
     store.write(f"{name}.idx.npy", index_file)
-    store.write(f"{name}.json", canonical_json(asdict(record)))
+    store.write(f"{name}.json", record_file)
     return record
 
 
-def _fields_of(sample: Sample, dtypes: Mapping[str, str]) -> tuple[Field, ...]:
-    return tuple(Field.of(name, array, dtypes.get(name)) for name, array in sample.arrays.items())
+def _write_tar(
+    sink: Sink, name: str, samples: Iterable[Sample], num_samples: int, dtypes: Mapping[str, str]
+) -> tuple[NDArray[np.uint64], list[str], tuple[Field, ...], str]:
+    """Write all samples, and return their index, keys and fields, and the xxh3-64 of the tar."""
+    index = np.zeros((num_samples, 3), np.uint64)
+    whole, keys, fields, offset = xxhash.xxh3_64(), dict[str, None](), None, 0
+    for row, sample in enumerate(samples):
+        found = tuple(Field.of(name, array, dtypes.get(name)) for name, array in sample.arrays.items())
+        fields = fields or found
+        if found != fields:
+            raise ValueError(f"{name}: sample {sample.key} has the fields {found}, the first one has {fields}.")
+        if sample.key in keys or row == num_samples:
+            raise ValueError(f"{name}: sample {sample.key} came twice or after all {num_samples} samples.")
+        buffers = encode(sample)
+        own = xxhash.xxh3_64()
+        for buffer in buffers:
+            own.update(buffer)
+            whole.update(buffer)
+        sink.write(*buffers)
+        size = sum(map(len, buffers))
+        index[row] = offset, size, own.intdigest()
+        keys[sample.key] = None
+        offset += size
+    if len(keys) < num_samples or not fields:
+        raise ValueError(f"{name}: only {len(keys)} of {num_samples} samples came, with the fields {fields}.")
+    whole.update(END)
+    sink.write(END)
+    return index, list(keys), fields, whole.hexdigest()
 
 
 def discard(store: Store, name: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,27 @@ def test_a_crash_at_any_write_step_leaves_a_root_that_the_next_run_finishes(root
         discard(store, NAME)
         assert tree(root) == bound
     assert number > 12  # three files, each opened, written, synced, renamed, and the folder synced
+
+
+def test_an_old_record_never_speaks_for_new_bytes(root, reference, monkeypatch):
+    """As after an update of the software that rounds otherwise: the same sizes, other bytes."""
+    store = open_store(root)
+    plan = bind(store, {"seed": 0}, 4, 4)
+    for number in range(1, 100):
+        write_one(store, plan, 0, lambda index: replace(make_sample(index), arrays=make_sample(index + 4).arrays))
+        assert not verify(store).bad
+
+        def crash(number=number):
+            at_step(monkeypatch, number, "after", lambda: os._exit(9))
+            write_one(open_store(root), plan, 0)
+
+        if status(start(crash)) == 0:
+            break
+        if is_complete(store, NAME, plan.spec_digest):
+            assert not verify(store).bad
+        discard(store, NAME)
+    assert number > 8
+    assert {name: data for name, data in tree(root).items() if "tmp" not in name} == reference
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

@@ -1,12 +1,14 @@
 """The loader serves every sample exactly once, to any number of ranks and threads, over any stops and changes."""
 
 import gc
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -375,3 +377,16 @@ def test_lightning_trains_validates_and_resumes_exactly(root, tmp_path):
     rounds = len(whole.validated) // NUM_SAMPLES
     assert Counter(whole.validated[9:]) >= Counter(f"{index:09d}" for index in range(NUM_SAMPLES))
     assert rounds >= 4
+
+
+def test_the_pages_code_runs_as_it_stands(tmp_path, monkeypatch):
+    """docs/reading.md, on small data sets in the places that it names."""
+    for name in ("mine", "other"):
+        make_data_set(tmp_path / "runs" / name / "train", 40, first=len(name) * 100)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "reading.md").read_text()
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert names["state"]["epoch"] == 2
+    assert len(names["captions"]) == 16

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,14 +64,14 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), section: str = 
         raise ValueError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}; a config is a mapping of sections and keys.")
-    for name, value in zip(overrides[::2], overrides[1::2], strict=len(overrides) % 2 == 0):
-        if not name.startswith("--"):
+    for name, value in zip_longest(overrides[::2], overrides[1::2]):
+        if not name.startswith("--") or value is None:
             raise ValueError(f"Unexpected argument {name!r}; a config key is set with --section.key VALUE.")
         *path, last = name[2:].split(".") if "." in name or name[2:] in known_keys() else [section, name[2:]]
         where = data
         for part in path:
             where[part] = where = where.get(part) or {}
-        where[last] = yaml.safe_load(value)
+        where[last] = yaml.safe_load(value) if value[:1] in "[{" else value  # a time stays a string
     try:
         config = TypeAdapter(SlurmConfig).validate_python(data)
         return replace(config, folder=str(Path(config.folder).resolve()))

@@ -87,12 +87,10 @@ def render(
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH {option}" for option in options]
     lines += [f"# {line}" for line in purpose.splitlines()]
-    lines += (
-        ["# shellcheck disable=SC1091 # what the setup sources is not here to be checked"] if environment.setup else []
-    )
-    lines += ["set -u", *environment.setup]
+    if environment.setup:  # before `set -u`, which neither modules nor conda bear
+        lines += ["# shellcheck disable=SC1091 # what is sourced is not here to be checked", *environment.setup]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in environment.variables.items()]
-    return "\n".join([*lines, "", *body, ""])
+    return "\n".join([*lines, "set -u", "", *body, ""])
 
 
 def _resource_options(resources: Resources) -> Iterator[str]:

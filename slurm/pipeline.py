@@ -97,7 +97,8 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     ids = {entry.name: entry.job_id for entry in run.submissions()}
     if sealing not in ids:
         ids = submit(run, render_round(run, file, plan, split, attempt + 1, rounds_left - 1))
-    move_dependents(os.environ["SLURM_JOB_ID"], ids[sealing])
+    if job_id := os.environ.get("SLURM_JOB_ID"):  # unless somebody calls this by hand
+        move_dependents(job_id, ids[sealing])
     print(f"{missing}: job {ids[sealing]} seals after another round.")
     return STOPPED
 

@@ -85,7 +85,7 @@ def test_only_stopped_and_killed_work_is_requeued_and_only_so_often(
 @pytest.mark.parametrize("stray", ["#SBATCH --nodes=2", "# SBATCH --nodes=2", "  #SBATCH --nodes=2"])
 def test_options_that_sbatch_would_ignore_are_refused(stray: str) -> None:
     with pytest.raises(ValueError, match="ignore"):
-        check_script(script(environment=Environment(setup=(stray,))))
+        check_script(script(environment=Environment(setup=("module load cuda", stray))))
 
 
 def test_carriage_returns_are_refused() -> None:
@@ -117,5 +117,9 @@ def test_a_config_survives_the_run_folder_and_names_its_mistakes(tmp_path: Path)
         assert load_config(tmp_path / "config.yaml") == config
         with pytest.raises(ValueError, match=r"unknown key 'train\.node'; the nearest valid one is 'train\.nodes'"):
             load_config(file, ["--node", "3"], "train")
-        with pytest.raises(ValueError, match="put it in quotes"):
-            load_config(file, ["--time", "1:00:00"], "train")
+        with pytest.raises(ValueError, match="Unexpected argument '--nodes'"):
+            load_config(file, ["--nodes"], "train")
+        assert load_config(file, ["--time", "1:00:00", "--extra", "[--exclusive]"], "train").train.time == "1:00:00"
+    (tmp_path / "config.yaml").write_text("folder: run\ntrain: {time: 1:00:00}")
+    with pytest.raises(ValueError, match=r"train\.time: .* \(got 3600\); put it in quotes"):
+        load_config(tmp_path / "config.yaml")

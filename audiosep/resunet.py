@@ -62,6 +62,11 @@ class ResUNet30(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        last = self.base.after_conv  # for each channel: magnitude mask, real and imaginary part of the phase mask
+        assert last.bias is not None
+        with torch.no_grad():  # training starts with the mixture's phase; upstream's starts with a random one
+            last.weight.unflatten(0, (-1, 3))[:, 1:] = 0
+            last.bias.unflatten(0, (-1, 3))[:, 1] = 1
         for tensor in self.unused_parameters().values():
             tensor.requires_grad_(False)  # or DDP would wait for gradients that never come
 

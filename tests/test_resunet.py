@@ -107,6 +107,7 @@ def test_complex_path_equals_a_numpy_model_in_float64() -> None:
 @torch.no_grad()
 def test_magnitude_mode_is_the_magnitude_of_complex_mode() -> None:
     model = ResUNet30(SMALL).eval()
+    torch.nn.init.normal_(model.base.after_conv.weight)  # an untrained model turns no phase
     batch = random_batch(dtype=torch.complex64)
     estimate = model(batch)["stft_waveform"]
     magnitude = model({**batch, "stft_mixture": batch["stft_mixture"].abs()})["stft_waveform"]
@@ -122,6 +123,14 @@ def test_float16_magnitudes_are_computed_in_float32() -> None:
     batch["stft_mixture"] = batch["stft_mixture"].half()
     exact = {**batch, "stft_mixture": batch["stft_mixture"].float()}
     torch.testing.assert_close(model(batch)["stft_waveform"], model(exact)["stft_waveform"], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_training_starts_with_the_phase_of_the_mixture() -> None:
+    batch = random_batch(dtype=torch.complex64)
+    mask = (ResUNet30(SMALL)(batch)["stft_waveform"] / batch["stft_mixture"])[..., :-1]
+    torch.testing.assert_close(mask, mask.abs().to(torch.complex64))
+    assert mask.real.std() > 0.1
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 5, 501])

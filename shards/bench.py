@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, repeat
 
 from tqdm import tqdm
@@ -24,18 +25,19 @@ def bench_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-checksums", action="store_true", help="compare headers only")
     parser.add_argument("--samples-per-second", type=float, help="what one GPU trains on, to be judged against")
     options = parser.parse_args(arguments)
-    loader = ShardLoader(
+    make_loader = partial(
+        ShardLoader,
         options.root,
         batch_size=options.batch_size,
         fields=options.fields and tuple(options.fields),
         checksums=not options.no_checksums,
         drop_last=False,
     )
-    concurrency = loader.num_threads
-    best = 0.0
-    for num_threads in options.threads or sorted({1, concurrency, 2 * concurrency}):
-        loader.num_threads = num_threads
-        best = max(best, _measure(loader, options.seconds))
+    usual = make_loader().num_threads
+    best = max(
+        _measure(make_loader(num_threads=num_threads), options.seconds)
+        for num_threads in options.threads or sorted({1, usual, 2 * usual})
+    )
     if options.samples_per_second:
         enough = best >= options.samples_per_second
         print(
@@ -47,7 +49,7 @@ def bench_command(arguments: Sequence[str]) -> int:
 
 def _measure(loader: ShardLoader, seconds: float) -> float:
     """Samples/s of reading for about `seconds`; prints what it found."""
-    num_samples, first_seconds, read_before = 0, 0.0, loader.stats.bytes
+    num_samples, first_seconds = 0, 0.0
     started, cpu_started = time.perf_counter(), time.process_time()
     with tqdm(desc=f"{loader.num_threads} threads", unit=" samples", disable=None, leave=False) as bar:
         for batch in chain.from_iterable(repeat(loader)):
@@ -57,7 +59,7 @@ def _measure(loader: ShardLoader, seconds: float) -> float:
             bar.update(len(batch.keys))
             if elapsed > seconds:
                 break
-    cpu_seconds, gigabytes = time.process_time() - cpu_started, (loader.stats.bytes - read_before) / 1e9
+    cpu_seconds, gigabytes = time.process_time() - cpu_started, loader.stats.bytes / 1e9
     print(
         f"{loader.num_threads:3} threads: first batch after {first_seconds:.3f} s, {num_samples / elapsed:8.0f} "
         f"samples/s, {gigabytes / elapsed * 1000:7.0f} MB/s, {cpu_seconds / gigabytes:.2f} CPU s/GB"

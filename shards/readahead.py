@@ -116,12 +116,13 @@ class ReadAhead:
                 )
 
     def close(self) -> None:
-        """Stop the threads behind the rows they are reading."""
+        """Stop the threads behind the rows that they are reading; a stuck one is left behind after a second."""
         with self._room:
             self._closed = True
             self._room.notify_all()
+        deadline = time.monotonic() + 1.0
         for thread in self._threads:
-            thread.join(timeout=0 if self._failure else 1.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         try:

@@ -42,7 +42,7 @@ class ShardDataModule(pl.LightningDataModule):
 
         Raises ValueError for data sets that do not hold these windows or do not fit together."""
         super().__init__()
-        self.config, self._windows, self.num_epochs = config, windows, num_epochs
+        self.config, self._windows, self._num_epochs = config, windows, num_epochs
         self._encoder = make_encoder(config.queries) if config.queries else None
         self.roots = [config.train] if isinstance(config.train, str) else list(config.train)
         first, *others = self.roots + [config.valid] * bool(config.valid)
@@ -76,7 +76,7 @@ class ShardDataModule(pl.LightningDataModule):
         if self._state:
             loader.load_state_dict(self._state)
         self._training_loader = loader
-        batches = RemainingBatches(loader, self.num_epochs, self._encoder)
+        batches = RemainingBatches(loader, self._num_epochs, self._encoder)
         trainer = self._attached_trainer()
         if trainer.max_steps >= 0:
             batches.limit = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -106,15 +106,26 @@ def train(config: TrainConfig) -> int:
     system, data = build(config)
     last = Path(config.root, "checkpoints", LAST)
     if last.exists():
-        done = read_checkpoint(last)
-        if done["global_step"] == config.trainer.max_steps or done["ShardDataModule"]["epoch"] == data.num_epochs:
-            print(f"The run is complete: {last} is its step {done['global_step']}.", file=sys.stderr)
+        checkpoint = read_checkpoint(last)
+        complete = is_complete(checkpoint, config.trainer)
+        doing = "The run is complete:" if complete else "Going on from"
+        print(f"{doing} {last}, step {checkpoint['global_step']}.", file=sys.stderr)
+        if complete:
             return DONE
-        print(f"Going on from {last}, step {done['global_step']}.", file=sys.stderr)
     keeper = LastCheckpoint(last, config.trainer.checkpoint_steps, config.trainer.max_hours)
     trainer = make_trainer(config, data, keeper)
     trainer.fit(system, data, ckpt_path=last if last.exists() else None, weights_only=True)
     return STOPPED if keeper.stopped else DONE
+
+
+def is_complete(checkpoint: Mapping[str, Any], config: TrainerConfig) -> bool:
+    """Whether a run's last checkpoint has all the steps, passes or hours that it was to have."""
+    hours = checkpoint["callbacks"][LastCheckpoint.__qualname__]["seconds"] / 3600
+    return (
+        checkpoint["global_step"] == config.max_steps
+        or checkpoint[ShardDataModule.__qualname__]["epoch"] >= config.max_epochs
+        or hours > (config.max_hours or float("inf"))
+    )
 
 
 def quieten() -> None:
@@ -323,7 +334,9 @@ def plan(config: TrainConfig) -> str:
     stored = sum(manifest.num_samples for manifest in manifests)
     num_bytes = sum(int(manifest.tar_bytes.sum()) for manifest in manifests)
     batch_size = loader.batch_size * trainer.world_size * limits.accumulate_batches
-    num_steps = min(loader.repeat * stored // batch_size * limits.max_epochs, limits.max_steps % 2**62)
+    num_steps = loader.repeat * stored // batch_size * limits.max_epochs
+    if limits.max_steps >= 0:
+        num_steps = min(num_steps, limits.max_steps)
     num_samples = num_steps * batch_size
     num_parameters = sum(parameter.numel() for parameter in system.parameters() if parameter.requires_grad)
     hours = num_samples / speed / 3600

@@ -113,6 +113,9 @@ def test_goes_on_with_another_batch_size_from_the_very_next_sample(tmp_path: Pat
     assert place["samples"] == 5 * 8
     assert [len(first), len(second)] == [5, 15]
     assert len({key for batch in first + second for key in batch}) == 100
+    config["trainer"]["max_hours"] = 1e-9  # a step, at the end of which the time is over
+    config["trainer"]["max_epochs"] = 2
+    assert train(config_of(config)) == 0
     before = Path(tmp_path / "run/checkpoints/last.ckpt").read_bytes()
     assert train(config_of(config)) == 0  # complete: nothing is done again
     assert Path(tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before

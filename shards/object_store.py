@@ -5,6 +5,7 @@ code where such a URL is computed locally (s3), since that fills the caller's me
 `obstore` elsewhere."""
 
 import itertools
+import logging
 import os
 import queue
 import re
@@ -27,6 +28,8 @@ from shards.storage import Buffer, Sink, StorageConfig, TransferError, as_bytes,
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Client
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SIGNED_SECONDS = 3600
@@ -128,17 +131,24 @@ class ObjectStore(RemoteStore):
         Azure drops uncommitted blocks after a week by itself."""
         if self._scheme != "s3":
             return []
-        import boto3  # only it lists uploads
-
-        client = boto3.client("s3", endpoint_url=self.options.endpoint, region_name=self.options.region)
+        swept: list[str] = []
+        try:
+            import boto3  # only it lists uploads
+            from botocore.exceptions import BotoCoreError, ClientError
+        except ModuleNotFoundError:
+            log.info("Unfinished uploads to %s are left alone: that needs `pip install boto3`.", self.url)
+            return swept
         root = self._prefix and self._prefix + "/"
         began_before = datetime.now(UTC) - timedelta(hours=self.options.stale_temporary_hours)
-        swept = []
-        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=root + prefix)
-        for upload in itertools.chain.from_iterable(page.get("Uploads", ()) for page in pages):
-            if upload["Initiated"] < began_before:
-                client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                swept.append(upload["Key"].removeprefix(root))
+        try:
+            client = boto3.client("s3", endpoint_url=self.options.endpoint, region_name=self.options.region)
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=root + prefix)
+            for upload in itertools.chain.from_iterable(page.get("Uploads", ()) for page in pages):
+                if upload["Initiated"] < began_before:
+                    client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                    swept.append(upload["Key"].removeprefix(root))
+        except (BotoCoreError, ClientError) as error:
+            log.warning("Unfinished uploads to %s cannot be swept, which costs only money: %s", self.url, error)
         return swept
 
     def _put(self, name: str, data: Any, multipart: bool, mode: Any = None) -> None:

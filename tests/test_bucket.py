@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -131,3 +133,19 @@ def test_killed_precompute_gives_the_same_objects_and_leaves_no_uploads(server: 
     open_store(bucket, StorageConfig(stale_temporary_hours=1e-9)).sweep()
     client = boto3.client("s3")
     assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
+
+
+def test_what_the_documentation_says_to_run_runs(server: S3Server, tmp_path: Path) -> None:
+    text = Path(__file__).parent.parent.joinpath("docs", "object-storage.md").read_text().replace("my-bucket", BUCKET)
+    text = text.replace("/tmp/sounds-cache", str(tmp_path / "cache"))
+    make_data_set(tmp_path / "runs/sounds/train", 40)
+    (commands,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    root = Path(__file__).parent.parent
+    for line in commands.splitlines():
+        words = shlex.split(line, comments=True)
+        command = [sys.executable, "-m", "shards.cli", *words[1:]]
+        subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(root)})
+    assert content(open_store(tmp_path / "runs/back")) == content(open_store(tmp_path / "runs/sounds/train"))
+    exec(program, {})
+    assert list((tmp_path / "cache").rglob("*.range"))

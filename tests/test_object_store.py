@@ -177,6 +177,16 @@ def test_killed_writers_leave_nothing_but_uploads_that_sweeping_aborts(s3_server
     assert uploads(s3_server) == []
 
 
+def test_sweeping_needs_neither_boto3_nor_permission(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("boto3", "AWS_SECRET_ACCESS_KEY"):
+        with monkeypatch.context() as patch:
+            if name == "boto3":
+                patch.setitem(sys.modules, "boto3", None)
+            else:
+                patch.setenv(name, "wrong")
+            assert open_store(f"s3://{BUCKET}/swept", s3_server.options).sweep() == []
+
+
 def in_a_fork(store: Store, name: str, results: Any) -> None:
     try:
         results.put(store.read(name))

@@ -28,9 +28,9 @@ import webdataset
 from audiosep import clips, dataset, samples
 from audiosep.catalogue import Catalogue, read_catalogue
 from audiosep.config import build_config
-from audiosep.dataset import Dataset, PrecomputeConfig
+from audiosep.dataset import Dataset, PrecomputeConfig, Renderer
 from audiosep.mixing import mix
-from audiosep.stft import Transform
+from audiosep.stft import Transform, istft, stft, stored_shape
 
 SAMPLES_PER_SHARD = 64
 ROUNDS = 5
@@ -205,6 +205,31 @@ def shares(folder: Path) -> str:
     return table(["ms a sample", "samples/s", "all", *PARTS, "tar, sync, recipe"], rows)
 
 
+def precision(folder: Path, catalogue: Path) -> str:
+    """What each way of storing a spectrogram loses: SDR of the waveform that it gives back, and its size.
+
+    Magnitudes are inverted with the phase of the exact spectrogram."""
+    made = open_dataset(config_of(folder / "precision", catalogue, 1))
+    waveforms = [Renderer(made.recipes, made.config, []).render(index).mixed.mixture for index in range(8)]
+    length, rows = made.config.clips.length, []
+    for representation in ("magnitude", "complex"):
+        transform = Transform(length, 2048, 320, representation)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            out = torch.empty(stored_shape(length, 2048, 320, representation), dtype=dtype)
+            ratios = []
+            for waveform in waveforms:
+                transform(waveform, out)
+                exact, stored = stft(torch.from_numpy(waveform).double(), 2048, 320), out.double()
+                spectrogram = (
+                    torch.polar(stored[0], exact.angle()) if len(stored) == 1 else torch.complex(*stored[:, 0])
+                )
+                again = istft(spectrogram, 2048, 320, length).numpy()
+                ratios.append(10 * np.log10(np.sum(waveform**2.0) / np.sum((again - waveform) ** 2)))
+            name = str(dtype).removeprefix("torch.")
+            rows.append([representation, name, f"{2 * out.nbytes / 1e6:.2f} MB", f"{statistics.median(ratios):.0f} dB"])
+    return table(["representation", "dtype", "a sample", "SDR"], rows)
+
+
 def large_catalogue(folder: Path, num_clips: int) -> str:
     """Time and memory of a generated JSONL catalogue, read once and then mapped by each worker."""
     file = folder / "large.jsonl"
@@ -263,6 +288,7 @@ def main() -> None:
             "Against the straightforward way": side_by_side(folder, catalogue),
             "Processes": processes(folder, catalogue),
             "Where the time goes": shares(folder),
+            "Stored precision": precision(folder, catalogue),
             "A large catalogue": large_catalogue(folder, num_large),
         }
     machine = (

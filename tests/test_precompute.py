@@ -1,6 +1,7 @@
 """The command: the same bytes whoever makes them, in whatever order, however often interrupted."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -285,7 +287,7 @@ def test_what_was_made_seals_and_verifies(tmp_path, catalogue):
     assert not verify(store).bad
 
 
-def test_kill_minus_nine_at_random_moments_leaves_nothing_wrong(tmp_path, catalogue, expected):
+def test_kill_minus_nine_at_random_moments_leaves_nothing_wrong(tmp_path, catalogue, expected, longer):
     """120 workers, forked from one process that has everything imported, each killed at a random moment."""
     config = small_config(tmp_path / "root", catalogue, shards={"passes": 2})
     dataset = open_dataset(config)
@@ -293,7 +295,7 @@ def test_kill_minus_nine_at_random_moments_leaves_nothing_wrong(tmp_path, catalo
     start = time.monotonic()
     dataset.render_shard(0, lambda: None)
     seconds_per_shard = time.monotonic() - start
-    while kills < 120:
+    while kills < 120 * longer:
         pid = os.fork()
         if pid == 0:
             for index in rng.sample(range(6), 6):
@@ -304,8 +306,48 @@ def test_kill_minus_nine_at_random_moments_leaves_nothing_wrong(tmp_path, catalo
         _, status = os.waitpid(pid, 0)
         kills += os.WIFSIGNALED(status)
         if kills % 10 == 0:
-            for index in dataset.survey(range(6))[0]:
-                dataset.render_shard(index, lambda: None)
-            assert tree(tmp_path / "root") == expected
+            complete_and_compare(dataset, expected)
             for file in rng.sample(sorted((tmp_path / "root").glob("shard-*.json")), 4):
                 file.unlink()
+
+
+def complete_and_compare(dataset, expected):
+    for index in dataset.survey(range(6))[0]:
+        dataset.render_shard(index, lambda: None)
+    assert tree(Path(dataset.config.root)) == expected
+
+
+def test_a_crash_at_every_single_step_of_writing(tmp_path, catalogue, expected):
+    """A shard is written by a process that ends right before its first, second, ... call into the file system."""
+    config = small_config(tmp_path / "root", catalogue, shards={"passes": 2})
+    dataset = open_dataset(config)
+    for step in itertools.count():
+        pid = os.fork()
+        if pid == 0:
+            calls = itertools.count()
+            for name in ("open", "writev", "fsync", "replace", "close"):
+                crash_at(step, calls, name)
+            dataset.render_shard(3, lambda: None)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        unfinished, _ = dataset.survey([3])
+        for file in (tmp_path / "root").glob("shard-*"):
+            assert file.read_bytes() == expected[file.name]
+        assert (tmp_path / "root/shard-000003.json").exists() is not bool(unfinished)
+        if os.WEXITSTATUS(status) == 0:
+            break
+        for file in (tmp_path / "root").glob("shard-*"):
+            file.unlink()
+    assert step > 25
+    complete_and_compare(dataset, expected)
+
+
+def crash_at(step, calls, name):
+    call = getattr(os, name)
+
+    def counted(*arguments, **named):
+        if next(calls) == step:
+            os._exit(9)
+        return call(*arguments, **named)
+
+    setattr(os, name, counted)

@@ -1,6 +1,7 @@
 """A data set to be: its config, what binds it, and the rendering of any of its samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -119,9 +120,9 @@ class Dataset:
         self._device = self._choose_device()
         self._queries = make_encoder(config.queries, self._device) if config.queries else None
         num_samples = config.shards.num_samples or config.shards.passes * self.recipes.samples_per_pass
+        self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard)
         # For people and for `audiosep explain`; no part of the spec, since clips may be moved.
         self.store.create(ORIGIN, canonical_json({"folders": catalogue.folders}))
-        self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard)
 
     def _spec(self) -> dict[str, Any]:
         """All that decides over the samples' bytes besides their number, as plain data."""
@@ -162,7 +163,7 @@ class Dataset:
         return unfinished, tally
 
     def render_shard(self, index: int, before_sample: Callable[[], None]) -> Record:
-        """Write shard `index`; `before_sample` is called before each of its samples and may raise to stop.
+        """Write shard `index` on one thread; `before_sample` is called before each sample and may raise to stop.
 
         Raises ValueError, before the shard is committed, when more clips are rejected than the config allows."""
         if self._device == "cuda" and not torch.cuda.is_available():
@@ -188,15 +189,16 @@ class Dataset:
                 tally.check(self.config.max_rejected_fraction)
 
         self.store.sweep(f"{name}.")  # what a killed worker left of this shard
-        return write_shard(
-            self.store,
-            name,
-            samples(),
-            num_samples=len(numbers),
-            spec_digest=self.plan.spec_digest,
-            rejected=rejected,
-            dtypes=encoder.dtypes,
-        )
+        with _one_thread():
+            return write_shard(
+                self.store,
+                name,
+                samples(),
+                num_samples=len(numbers),
+                spec_digest=self.plan.spec_digest,
+                rejected=rejected,
+                dtypes=encoder.dtypes,
+            )
 
     def _condition(self, rendered: Rendered) -> np.ndarray | None:
         """The query's embedding [D], or None if none are stored."""
@@ -205,6 +207,17 @@ class Dataset:
         if rendered.recipe.query == "audio":
             return self._queries.encode_audio(rendered.segment, self.config.clips.sample_rate)
         return self._queries.encode([rendered.target.caption])[0]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: more than one only wait for each other over pieces as small as ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Renderer:

@@ -112,6 +112,8 @@ def read_catalogue(files: str | Mapping[str, float], check_files: bool) -> Catal
 
     With `check_files` every local clip must exist. Raises ValueError naming file and line of the first bad row."""
     weights = {files: 1.0} if isinstance(files, str) else dict(files)
+    if any(weight <= 0 for weight in weights.values()):
+        raise ValueError(f"The weights of catalogue files must be positive, not {weights}.")
     columns, starts = _Columns(), [0]
     for file in weights:
         rows = columns.num_rows

@@ -63,9 +63,9 @@ def read_crop(
             raise Rejection("short", f"{seconds:.3f} s")
         offset = int(fraction * (max(_length(file, config) - config.length, 0) + 1))
         crop = _crop(file, offset, config)
-    if not np.isfinite(crop).all():
+    peak = float(np.maximum(crop.max(), -crop.min()))  # NaN if any sample is
+    if not np.isfinite(peak):
         raise Rejection("not finite", "NaN or infinite samples")
-    peak = float(max(crop.max(), -crop.min()))
     if peak < 10 ** (config.silence_dbfs / 20):
         raise Rejection("silent", f"peak {peak:.2g} from sample {offset} on")
     return crop, offset

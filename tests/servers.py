@@ -149,7 +149,7 @@ class HttpServer(Server):
 
 
 _NGINX_CONFIG = """
-daemon off; user root; worker_processes 1; pid {folder}/nginx.pid;
+daemon off; master_process off; pid {folder}/nginx.pid;
 events {{ worker_connections 512; }}
 http {{
     access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000; default_type application/octet-stream;

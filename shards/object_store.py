@@ -196,8 +196,10 @@ def _make_client(scheme: str, url: str, options: StorageConfig) -> "Client":
     if scheme == "s3":
         config["region"] = options.region
         if not options.anonymous and _has_profile():
-            from obstore.auth.boto3 import Boto3CredentialProvider
-
+            try:
+                from obstore.auth.boto3 import Boto3CredentialProvider
+            except ModuleNotFoundError:
+                raise ValueError(f"{url}: the AWS profile or credentials file needs `pip install boto3`.") from None
             provider = Boto3CredentialProvider()
     seconds = timedelta(seconds=1)
     return obstore.store.from_url(  # type: ignore[call-overload]

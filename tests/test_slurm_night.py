@@ -60,15 +60,15 @@ def running(cluster: Cluster, array: str) -> dict[str, str]:
     return {task: node for task, (state, node) in jobs if task.startswith(f"{array}_") and state == "RUNNING"}
 
 
-def trouble(cluster: Cluster, array: str, store: Store) -> None:
+def trouble(cluster: Cluster, folder: Path, array: str, store: Store) -> None:
     """kill -9, requeue, preemption, a power loss and a rotten bit, once shards are being written."""
     cluster.wait("the first shards", lambda: len([*store.list("shard-")]) > 6, 180)
     name = next(name for name, _ in store.list("shard-") if name.endswith(".json")).replace(".json", ".tar")
     data = bytearray(store.read(name))
     data[len(data) // 2] ^= 1
     store.write(name, data)
-    command = f"{sys.executable} -m audiosep.cli precompute"
-    kill(cluster.wait("a process to kill", lambda: processes(command, "--shards"), 60)[:1])
+    words = ("audiosep.cli precompute", str(folder), "--shards")
+    kill(cluster.wait("a process to kill", lambda: processes(*words), 60)[:1])
     tasks = cluster.wait("a task to requeue", lambda: running(cluster, array), 60)
     cluster.run("scontrol", "requeue", next(iter(tasks)))
     cluster.wait("tasks to preempt", lambda: len(running(cluster, array)) > 1, 60)
@@ -93,7 +93,7 @@ def test_an_array_in_trouble_ends_sealed_with_the_same_bytes(
     settings = small_settings(Path("ROOT"), catalogue, shards=SHARDS) | {"root": root, "storage": asdict(storage)}
     store = open_store(root, storage)
     assert main(["precompute", "--config", write_run(tmp_path, settings)]) == 0
-    trouble(cluster, Run.open(tmp_path / "run").submissions()[0].job_id, store)
+    trouble(cluster, tmp_path, Run.open(tmp_path / "run").submissions()[0].job_id, store)
     cluster.wait_idle(240)
     found = {name: store.read(name) for name, _ in store.list()}
     assert found.keys() == expected.keys()

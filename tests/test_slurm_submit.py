@@ -66,7 +66,7 @@ def test_a_task_near_its_time_limit_stops_and_requeues_itself(cluster: Cluster, 
     config = write_config(tmp_path, num_shards=1, seconds=40.0, precompute={"time": "2", "warn_seconds": 50})
     assert main(["precompute", "--config", config]) == 0
     task = f"{job_ids(tmp_path)['precompute-demo-1']}_1"
-    cluster.wait("the task's own process", lambda: processes("standin.py", "precompute", "--shards"), 20)
+    cluster.wait("the task's own process", lambda: processes("standin.py", str(tmp_path), "--shards"), 20)
     cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=1")  # so the warning is due 10 s after the start
     cluster.wait("the requeue", lambda: cluster.state(task) == "PENDING", 39)
     settings = tmp_path / "run of it" / "precompute-demo-1.yaml"
@@ -81,7 +81,7 @@ def test_a_task_near_its_time_limit_stops_and_requeues_itself(cluster: Cluster, 
 def test_a_job_that_is_cancelled_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     main(["precompute", "--config", write_config(tmp_path, num_shards=1, seconds=60.0)])
     ids = job_ids(tmp_path)
-    cluster.wait("the task's own process", lambda: processes("standin.py", "precompute", "--shards"), 20)
+    cluster.wait("the task's own process", lambda: processes("standin.py", str(tmp_path), "--shards"), 20)
     cluster.run("scancel", ids["seal-demo-1"], ids["precompute-demo-1"])
     cluster.wait_idle(20)
     assert cluster.state(f"{ids['precompute-demo-1']}_1") == "CANCELLED"

@@ -19,7 +19,7 @@ from shards.writer import write_shard
 from slurm.__main__ import main
 from slurm.submit import Run
 
-NUM_SAMPLES, BATCH_SIZE = 1440, 2  # batch size of each rank
+NUM_SAMPLES, BATCH_SIZE = 1920, 2  # batch size of each rank
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,10 @@ def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nod
     cluster.preempt()
     wait_for_batches(cluster, tmp_path)
 
-    kill(processes(f"{sys.executable} -m audiosep.cli train")[-1:])
-    cluster.wait("the end of the other rank", lambda: cluster.state(job) != "RUNNING", 30)
+    ranks = processes("audiosep.cli train", str(tmp_path))
+    assert len(ranks) == 2
+    kill(ranks[1:])
+    cluster.wait("the end of the other rank", lambda: cluster.state(job) == "PENDING", 30)
     wait_for_batches(cluster, tmp_path)
 
     cluster.run("scancel", job)

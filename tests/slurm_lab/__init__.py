@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,14 +71,16 @@ class Cluster:
 
 
 def processes(*words: str) -> list[int]:
-    """Ids of the processes on this machine whose command line holds all of `words`."""
+    """Ids of the processes of this Python, on all nodes, whose command line holds all of `words`.
+
+    One of the words should be a path of the test, or it may find those of somebody else."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = entry.read_bytes().decode(errors="replace").replace("\0", " ")
         except OSError:  # it ended meanwhile
             continue
-        if all(word in line for word in words):
+        if line.startswith(sys.executable) and all(word in line for word in words):
             found.append(int(entry.parent.name))
     return found
 

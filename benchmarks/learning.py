@@ -58,7 +58,7 @@ VARIANTS = {
     "complex": Variant(
         "complex shards; the phase mask is trained and used",
         {"shards.representation": "complex"},
-        {"system.phase": "model", "system.loss": "spectral_convergence + 0.02 * si_sdr"},
+        {"system.phase": "model", "system.loss": "spectral_convergence + 0.1 * si_sdr"},
     ),
     "upstream's loss": Variant(
         "complex shards, phase mask, the L1 distance of waveforms",

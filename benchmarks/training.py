@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -208,6 +209,7 @@ def report(
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     memory = max(run.memory for measured in runs.values() for run in measured)
     return TEXT.format(
+        command=" ".join(["python -m benchmarks.training", *sys.argv[1:]]),
         table=table(head, rows),
         steps=steps,
         batch_size=batch_size,
@@ -220,8 +222,8 @@ def report(
 
 TEXT = """# Training from shards and on the fly
 
-`python -m benchmarks.training` on {machine}: {steps} steps of {batch_size} samples (5 s, 32 kHz, window 2048, hop 320),
-network widths {widths}; medians of {rounds} interleaved rounds, the first step left out.{memory}
+`{command}` on {machine}: {steps} steps of {batch_size} samples (5 s, 32 kHz, window 2048, hop 320), network widths
+{widths}; medians of {rounds} interleaved rounds, the first step left out.{memory}
 
 {table}
 

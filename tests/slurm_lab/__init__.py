@@ -85,9 +85,9 @@ def processes(*words: str) -> list[int]:
     return found
 
 
-def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
+def kill(pids: list[int]) -> None:
     for pid in pids:
-        os.kill(pid, number)
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

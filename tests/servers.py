@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 
+import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 from shards.storage import StorageConfig
 
@@ -102,8 +104,18 @@ class S3Server(Server):
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}"]
         credentials = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         self.environment = credentials | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_REGION": "us-east-1"}
-        # Signatures are demanded (403) once the keys are loaded, and the bucket made last is there.
-        super().__init__(command, folder, lambda: _status(f"{self.endpoint}/{BUCKET}") == 403, credentials)
+        super().__init__(command, folder, self._is_ready, credentials)
+
+    def _is_ready(self) -> bool:
+        """Whether signatures are demanded, which they are once the keys are loaded, and the bucket is there."""
+        if _status(f"{self.endpoint}/{BUCKET}") != 403:
+            return False
+        session = boto3.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
+        try:
+            session.client("s3", endpoint_url=self.endpoint).head_bucket(Bucket=BUCKET)
+        except ClientError:
+            return False
+        return True
 
 
 class AzureServer(Server):

@@ -53,11 +53,11 @@ class Layout:
 
     def rows(self, memory: NDArray[np.uint8]) -> list[list[memoryview]]:
         """For each row of the batch, its bytes in each field."""
-        view = memory.data
-        return [
-            [view[start + row * item.num_bytes :][: item.num_bytes] for start, item in zip(self._starts(), self.fields)]
-            for row in range(self.batch_size)
+        by_field = [
+            memory[start : start + self.batch_size * item.num_bytes].reshape(self.batch_size, item.num_bytes)
+            for start, item in zip(self._starts(), self.fields)
         ]
+        return [[field_row.data for field_row in row] for row in zip(*by_field)]
 
     def tensors(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each field's tensor [B, ...] as a view of `memory`, uint8 [num_bytes]."""

@@ -193,12 +193,18 @@ class SeparationSystem(pl.LightningModule):
     # Validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_figures("valid", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_figures("test", batch)
+
+    def _log_figures(self, stage: str, batch: Batch) -> None:
         figures = {"loss": self._mean_loss(batch, self.config.windows)}
         if batch.mixture[self.config.windows[0]].is_complex():
             figures |= {name: values.mean() for name, values in self.scores(batch).items()}
         weight = len(batch.keys) if batch.valid is None else int(batch.valid.sum())
         for name, value in figures.items():
-            self.log(f"valid/{name}", value, batch_size=weight, sync_dist=True, prog_bar=name == "si_sdri")
+            self.log(f"{stage}/{name}", value, batch_size=weight, sync_dist=True, prog_bar=name == "si_sdri")
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         """SDR, SDRi, SI-SDR and SI-SDRi [B] of the estimates for a batch of complex spectrograms, dB."""

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 from training_data import HOP_LENGTH, LENGTH, SAMPLE_RATE, config_of, make_sample, make_shards, settings
 
 from audiosep.checkpoints import export
@@ -33,9 +35,13 @@ def system_of(**changes: Any) -> SeparationSystem:
 
 
 def batch_of(indices: range, windows: tuple[int, ...] = (64, 128)) -> Batch:
+    return stored_batch_of(indices, windows).to("cpu")
+
+
+def stored_batch_of(indices: range, windows: tuple[int, ...] = (64, 128)) -> Batch:
     samples = [make_sample(index, windows, "complex") for index in indices]
     arrays = {name: torch.stack([torch.from_numpy(s.arrays[name]) for s in samples]) for name in samples[0].arrays}
-    return decode([sample.key for sample in samples], [sample.text for sample in samples], arrays).to("cpu")
+    return decode([sample.key for sample in samples], [sample.text for sample in samples], arrays)
 
 
 def test_the_learning_rate_is_upstreams():
@@ -92,6 +98,15 @@ def test_scores_are_the_metrics_of_the_waveforms():
     torch.testing.assert_close(mixture.shape, (3, 1, LENGTH))
     expected = si_sdri(system.estimate(batch), target, mixture)
     torch.testing.assert_close(system.scores(batch)["si_sdri"], expected)
+
+
+def test_lightning_tests_with_the_same_figures_each_sample_counted_once():
+    batches, system = [stored_batch_of(range(4)), stored_batch_of(range(4, 6))], system_of()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    (figures,) = trainer.test(system, DataLoader(batches, batch_size=None), verbose=False)
+    expected = torch.cat([system.scores(batch.to("cpu"))["si_sdri"] for batch in batches]).mean()
+    assert figures["test/si_sdri"] == pytest.approx(float(expected), rel=1e-4)
+    assert {"test/loss", "test/sdr", "test/sdri", "test/si_sdr"} <= figures.keys()
 
 
 @pytest.mark.parametrize("changes", [{"phase": "model", "loss": "l1_wav"}, {"window": "random"}, {"window": "all"}])

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from shards.loader import ShardLoader
 from shards.manifest import bind, seal
-from shards.storage import StorageConfig, open_store
+from shards.storage import open_store
 from shards.tar import Sample
 from shards.writer import write_shard
 
@@ -203,13 +203,10 @@ def compare(folder: Path, num_samples: int, rounds: int) -> Iterator[str]:
 
 
 _PEERS = ((MosaicML, "streaming"), (LitData, "litdata"))
-_MAPPED = StorageConfig(map_files=True)
 _OUR_SETTINGS: dict[str, dict[str, Any]] = {
     "ours, headers and checksums (the default)": {},
     "ours, headers": {"checksums": False},
-    "ours, headers, map_files": {"checksums": False, "storage": _MAPPED},
-    "ours, headers and checksums, map_files": {"storage": _MAPPED},
-    "ours, headers, map_files, widened to float32": {"checksums": False, "storage": _MAPPED, "float32": True},
+    "ours, headers, widened to float32": {"checksums": False, "float32": True},
 }
 
 

@@ -5,7 +5,6 @@ on: a name is absent or whole, never partial; what `write` returned from survive
 bytes asked for or raises."""
 
 import functools
-import mmap
 import os
 import platform
 import re
@@ -64,13 +63,6 @@ class StorageConfig:
     stall_seconds: Annotated[
         float, Field(gt=0, description="a connection that brings less than 64 KiB in this time is given up, seconds")
     ] = 20.0
-    map_files: Annotated[
-        bool,
-        Field(
-            description="copy local files from memory maps: a quarter less processor time for files in memory, but a "
-            "disk's read error, or a file cut short just then, ends the process (SIGBUS) instead of raising"
-        ),
-    ] = False
     cache_dir: Annotated[
         str | None, Field(description="folder on a local disk that keeps what was read, for the next epoch or run")
     ] = None
@@ -245,9 +237,6 @@ class LocalStore(Store):
         file = self._open(self._path(name))
         views = [view for view in map(as_bytes, buffers) if view.nbytes]
         wanted, got = sum(view.nbytes for view in views), 0
-        if self.options.map_files:
-            got = file.copy(offset, views)
-            views = _after(views, got)
         while views:
             count = os.preadv(file.descriptor, views[:_MAX_VECTOR], offset + got)
             if count == 0:
@@ -390,19 +379,6 @@ class _OpenFile:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.identity = _identity(os.fstat(descriptor))
-
-    @functools.cached_property
-    def _memory(self) -> np.ndarray:
-        return np.frombuffer(mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ), np.uint8)
-
-    def copy(self, offset: int, views: Sequence[memoryview]) -> int:
-        """Fill the views from a memory map, as far as the file goes; returns the number of bytes."""
-        copied = 0
-        for view in views:
-            piece = self._memory[offset + copied : offset + copied + view.nbytes]
-            np.copyto(np.frombuffer(view, np.uint8)[: piece.size], piece)  # lets other threads run meanwhile
-            copied += piece.size
-        return copied
 
     def __del__(self) -> None:
         os.close(self.descriptor)

@@ -253,17 +253,3 @@ def test_urls_open_the_same_folder_and_stores_travel_by_pickle(tmp_path: Path) -
         assert pickle.loads(pickle.dumps(open_store(url))).read("x") == b"1"
     with pytest.raises(ValueError, match="ftp://"):
         open_store("ftp://host/x")
-
-
-def test_memory_maps_read_the_same_and_end_where_the_file_ends(tmp_path: Path) -> None:
-    data = bytes(range(256)) * 1000
-    store = open_store(tmp_path, StorageConfig(map_files=True))
-    store.write("a", data)
-    first, second = bytearray(100_000), np.zeros(500, np.float16)
-    store.read_range("a", 7, [memoryview(first), second])
-    assert first + second.tobytes() == data[7 : 7 + 101_000]
-    with pytest.raises(EOFError, match="wanted 1000 bytes from 255500, got 500"):
-        store.read_range("a", 255_500, [memoryview(bytearray(1000))])
-    store.write("a", data[::-1])
-    store.read_range("a", 0, [memoryview(first)])
-    assert first == data[::-1][:100_000]

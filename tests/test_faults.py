@@ -40,7 +40,7 @@ def check(batch: Batch) -> None:
             np.testing.assert_array_equal(batch.arrays[name][row], array)
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", ["http", "s3"])
 def test_random_faults_of_every_kind(
     root: Path, s3_server: S3Server, http_server: HttpServer, kind: str, longer: int

@@ -3,6 +3,7 @@
 Each component declares its own dataclass beside its code, with a pydantic `Field(description=...)` for meaning, unit
 and range; this module only reads, checks and explains them."""
 
+import argparse
 import difflib
 import types
 import typing
@@ -49,6 +50,16 @@ def build_config(cls: type[T], data: Mapping[str, Any], where: str) -> T:
 def plain(config: Any) -> Any:
     """A config as plain data (dicts, lists, strings, numbers), fit for YAML and JSON and for `build_config`."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def command_parser(command: str, description: str | None, cls: type) -> argparse.ArgumentParser:
+    """The parser of an `audiosep` command: its help ends with every key of its config, `cls`."""
+    return argparse.ArgumentParser(
+        prog=f"audiosep {command}",
+        description=description,
+        epilog="config keys, each also an option --section.key VALUE:\n" + describe(cls),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def describe(cls: type) -> str:

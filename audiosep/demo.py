@@ -1,6 +1,5 @@
 """`audiosep demo`: the whole way on the bundled audio, from a catalogue of clips to separated sounds."""
 
-import argparse
 import csv
 import json
 import shlex
@@ -16,7 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from audiosep import precompute
-from audiosep.config import describe, load_config, plain
+from audiosep.config import command_parser, load_config, plain
 from audiosep.dataset import PrecomputeConfig
 from audiosep.evaluate import EvaluateConfig, evaluate
 from audiosep.pictures import loss_figure, spectrogram_figure
@@ -40,12 +39,7 @@ class DemoConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="audiosep demo",
-        description=__doc__,
-        epilog="config keys, each also an option --section.key VALUE:\n" + describe(DemoConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("demo", __doc__, DemoConfig)
     parser.add_argument("--config", required=True, help="YAML file")
     options, overrides = parser.parse_known_args(arguments)
     return demo(load_config(DemoConfig, options.config, overrides))

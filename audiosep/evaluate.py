@@ -1,6 +1,5 @@
 """`audiosep evaluate`: SDR, SDRi, SI-SDR and SI-SDRi on shards or a benchmark's audio; as a table, JSON and CSV."""
 
-import argparse
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audiosep.benchmarks import BENCHMARKS, BenchmarkBatches, read_benchmark, upstream_mean
-from audiosep.config import describe, load_config
+from audiosep.config import command_parser, load_config
 from audiosep.datamodule import Batches
 from audiosep.metrics import si_sdr, summarise
 from audiosep.queries import QueryConfig, make_encoder
@@ -63,12 +62,7 @@ class EvaluateConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="audiosep evaluate",
-        description=__doc__,
-        epilog="config keys, each also an option --section.key VALUE:\n" + describe(EvaluateConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("evaluate", __doc__, EvaluateConfig)
     parser.add_argument("--config", help="YAML file; or give the keys as options")
     options, overrides = parser.parse_known_args(arguments)
     evaluate(load_config(EvaluateConfig, options.config, overrides))

@@ -4,7 +4,6 @@ Exit status: 0 all asked for is there; 2 a mistake to mend; 3 shards failed (nam
 
 Only light modules are imported here: the handlers of SIGTERM and SIGUSR1 must stand before torch is loaded."""
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -73,16 +72,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     from audiosep.catalogue import read_catalogue
-    from audiosep.config import describe, load_config, plain
+    from audiosep.config import command_parser, load_config, plain
     from audiosep.dataset import Dataset, PrecomputeConfig
     from shards.manifest import format_ranges, parse_ranges
 
-    parser = argparse.ArgumentParser(
-        prog="audiosep precompute",
-        description=__doc__,
-        epilog="config keys, each also an option --section.key VALUE:\n" + describe(PrecomputeConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("precompute", __doc__, PrecomputeConfig)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--rank", type=int, default=0, help="make only shards rank, rank + world_size, ...")
     parser.add_argument("--world-size", type=int, default=1)

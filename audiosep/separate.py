@@ -1,6 +1,5 @@
 """`audiosep separate`: from a recording of any length, rate and channel count the sounds that a query describes."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning_fabric import Fabric
 from pydantic import Field
 from torch import Tensor
 
-from audiosep.config import describe, load_config
+from audiosep.config import command_parser, load_config
 from audiosep.queries import Encoder, QueryConfig, make_encoder
 from audiosep.stft import stft
 from audiosep.system import SeparationSystem, load_system
@@ -35,12 +34,7 @@ class SeparateConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="audiosep separate",
-        description=__doc__,
-        epilog="keys, each an option:\n" + describe(SeparateConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("separate", __doc__, SeparateConfig)
     parser.add_argument("mixture", help="audio file that soundfile reads: WAV, FLAC, OGG, MP3, ...")
     parser.add_argument("--config", help="YAML file with the keys below; or give them as options")
     options, overrides = parser.parse_known_args(arguments)

@@ -2,7 +2,6 @@
 
 Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, with a checkpoint to go on from."""
 
-import argparse
 import io
 import logging
 import signal
@@ -25,7 +24,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from audiosep.checkpoints import load_released, read_checkpoint
-from audiosep.config import describe, load_config
+from audiosep.config import command_parser, load_config
 from audiosep.datamodule import DataConfig, ShardDataModule
 from audiosep.pictures import spectrogram_figure
 from audiosep.samples import Batch
@@ -81,12 +80,7 @@ class TrainConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="audiosep train",
-        description=__doc__,
-        epilog="config keys, each also an option --section.key VALUE:\n" + describe(TrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("train", __doc__, TrainConfig)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print the plan at the speed of a few steps made here")
     parser.add_argument("--check", action="store_true", help="read the config, and do nothing if it is right")

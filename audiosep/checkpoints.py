@@ -1,13 +1,15 @@
-"""The released AudioSep checkpoint in and out: the same tensors under the same names, loaded strictly.
+"""Checkpoints in folders and buckets; the released AudioSep one in and out: the same tensors under the same names,
+loaded strictly.
 
 Upstream's file is a Lightning checkpoint whose `state_dict` holds the separation model under `ss_model.` and all of the
 query encoder under `query_encoder.`."""
 
 import importlib.metadata
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,20 +18,34 @@ from torch import Tensor
 
 from audiosep.resunet import ResUNet30
 from audiosep.stft import hann_window
+from shards.storage import StorageConfig, open_object
 
 MODEL_PREFIX = "ss_model."
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote, without running code from the file: tensors, plain data and numpy scalars only.
+def write_checkpoint(content: Mapping[str, Any], path: str | Path, storage: StorageConfig | None = None) -> None:
+    """torch.save to a path or URL: whole under its name or not there, whatever dies meanwhile."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    store, name = open_object(path, storage)
+    with store.writer(name) as sink:  # in parts: a bucket takes 5 GB at once, and a broken connection costs one part
+        sink.write(buffer.getbuffer())
+
+
+def read_checkpoint(path: str | Path, storage: StorageConfig | None = None) -> dict[str, Any]:
+    """What torch.save wrote to a path or URL, without running code from it: tensors, plain data and numpy scalars only.
 
     Raises ValueError for a file that torch.save did not write, and for one that holds anything else."""
+    file: Path | BinaryIO = Path(path)
+    if "://" in str(path):
+        store, name = open_object(path, storage)
+        file = io.BytesIO(store.read(name))
     scalar = np.float64(0).__reduce__()[0]  # older trainers kept their scores as numpy scalars
     allowed: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
     allowed += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "bool")]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain data: it is damaged, or something else, or "
@@ -37,11 +53,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def load_released(path: str | Path, model: ResUNet30) -> None:
+def load_released(path: str | Path, model: ResUNet30, storage: StorageConfig | None = None) -> None:
     """Put a released checkpoint's weights into a model of the same widths, to use or to fine-tune it.
 
     Raises ValueError naming every tensor that is missing, left over or of another shape."""
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, storage)
     tensors = from_released(content.get("state_dict", {}), model)
     try:
         model.load_state_dict(tensors, strict=True)
@@ -75,7 +91,7 @@ def _stretch(values: Tensor, num_bins: int) -> Tensor:
 def export(model: ResUNet30, path: str | Path) -> None:
     """Write a checkpoint that upstream's code loads (without its query encoder, which it loads from its own file)."""
     version = importlib.metadata.version("pytorch-lightning")
-    torch.save({"state_dict": to_released(model), "pytorch-lightning_version": version}, path)
+    write_checkpoint({"state_dict": to_released(model), "pytorch-lightning_version": version}, path)
 
 
 def to_released(model: ResUNet30) -> dict[str, Tensor]:

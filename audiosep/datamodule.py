@@ -27,7 +27,7 @@ class DataConfig:
     valid: Annotated[str, Field(description="sealed root; complex shards give SDR and SI-SDR too; empty: none")] = ""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     valid_batch_size: Annotated[int | None, Field(gt=0, description="on each rank; by default as in training")] = None
-    ledger: Annotated[str, Field(description="folder to record in what every rank was served; empty: none")] = ""
+    ledger: Annotated[str, Field(description="local folder to record in what every rank was served; empty: none")] = ""
     queries: Annotated[
         QueryConfig | None, Field(description="encoder of the captions, for shards that store no conditions")
     ] = None
@@ -43,7 +43,7 @@ class ShardDataModule(pl.LightningDataModule):
         Raises ValueError for data sets that do not hold these windows or do not fit together."""
         super().__init__()
         self.config, self._windows, self._num_epochs = config, windows, num_epochs
-        self._encoder = make_encoder(config.queries) if config.queries else None
+        self._encoder = make_encoder(config.queries, storage=config.storage) if config.queries else None
         self.roots = [config.train] if isinstance(config.train, str) else list(config.train)
         first, *others = self.roots + [config.valid] * bool(config.valid)
         self.audio = self._format(first)

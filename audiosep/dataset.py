@@ -118,7 +118,7 @@ class Dataset:
             use_text_ratio=config.queries.use_text_ratio if config.queries else 1.0,
         )
         self._device = self._choose_device()
-        self._queries = make_encoder(config.queries, self._device) if config.queries else None
+        self._queries = make_encoder(config.queries, self._device, config.storage) if config.queries else None
         num_samples = config.shards.num_samples or config.shards.passes * self.recipes.samples_per_pass
         self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard)
         # For people and for `audiosep explain`; no part of the spec, since clips may be moved.

@@ -57,7 +57,7 @@ def demo(config: DemoConfig) -> int:
     announce("audiosep", "evaluate", "--config", save(config.evaluate, root / "configs" / "evaluate.yaml"))
     results = evaluate(config.evaluate)
     separate_one(config, root / "separated")
-    draw_losses(root / "logs", root / "loss.png")
+    draw_losses(config.train.log_folder, root / "loss.png")
     overall = results["model"]["overall"]
     summary = {
         "si_sdri_db": overall["si_sdri"]["mean"],
@@ -150,7 +150,7 @@ def report(config: DemoConfig, root: Path, summary: dict[str, Any]) -> str:
         "metrics": f"{root}/summary.json, {config.evaluate.output}/metrics.json, {config.evaluate.output}/metrics.csv",
         "sounds": f"{root}/separated/*.wav",
         "pictures": f"{root}/separated/*.png, {root}/loss.png",
-        "logs": f"tensorboard --logdir {root}/logs",
+        "logs": f"tensorboard --logdir {config.train.log_folder}",
     }
     blocks = ("\n".join(f"{name:30}{text}" for name, text in block.items()) for block in (figures, made))
     return "\n" + "\n\n".join(blocks)

@@ -1,6 +1,7 @@
 """`audiosep evaluate`: SDR, SDRi, SI-SDR and SI-SDRi on shards or a benchmark's audio; as a table, JSON and CSV."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from audiosep.stft import istft
 from audiosep.system import AudioFormat, SeparationSystem, load_system, scores
 from shards.loader import LoaderConfig, ShardLoader
 from shards.manifest import load_manifest
-from shards.storage import StorageConfig, open_store
+from shards.storage import StorageConfig, check_writable, open_store
 
 METRICS = {"sdr": "SDR", "sdri": "SDRi", "si_sdr": "SI-SDR", "si_sdri": "SI-SDRi"}
 
@@ -38,11 +39,11 @@ Separate = Callable[[Batch], Tensor]  # complex spectrograms to estimated wavefo
 class EvaluateConfig:
     """What a checkpoint is evaluated on."""
 
-    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run, or a released one")]
+    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run, or a released one; path or URL")]
     shards: Annotated[str, Field(description="sealed root with complex spectrograms; or give a benchmark")] = ""
     benchmark: Annotated[str, Field(description=f"one of upstream's, from audio files: {', '.join(BENCHMARKS)}")] = ""
     data: Annotated[str, Field(description="folder of the benchmark's audio")] = ""
-    output: Annotated[str, Field(description="folder for metrics.json and metrics.csv")] = "runs/evaluation"
+    output: Annotated[str, Field(description="folder or URL for metrics.json and metrics.csv")] = "runs/evaluation"
     batch_size: Annotated[int, Field(gt=0, description="samples at a time")] = 16
     windows: Annotated[
         tuple[int, ...], Field(description="window lengths whose waveforms are averaged; none: those trained on")
@@ -71,7 +72,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, write and print; returns what is in metrics.json: by separator, overall and for each kind of sound."""
-    system = load_system(config.checkpoint)
+    output = open_store(config.output, config.storage)
+    check_writable(output)
+    system = load_system(config.checkpoint, config.storage)
     batches = _open(config, system)
     device = Fabric(accelerator=config.accelerator, devices=1).device
     separators: dict[str, Separate] = {"model": partial(system.to(device).estimate, windows=config.windows)}
@@ -87,10 +90,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         kinds = [row["kind"] for row in rows["model"]]
         means = {m: upstream_mean(config.benchmark, [row[m] for row in rows["model"]], kinds) for m in METRICS}
         results["model"]["overall"]["upstream_mean"] = means
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json").write_text(json.dumps(results, indent=2))
-    write_csv(rows["model"], output / "metrics.csv")
+    output.write("metrics.json", json.dumps(results, indent=2).encode())
+    output.write("metrics.csv", as_csv(rows["model"]).encode())
     print(table(results))
     if config.benchmark:
         print("as upstream averages: " + ", ".join(f"{METRICS[m]} {mean:.2f}" for m, mean in means.items()))
@@ -102,10 +103,11 @@ def _open(config: EvaluateConfig, system: SeparationSystem) -> Batches | Benchma
     if config.benchmark:
         items = read_benchmark(config.benchmark, Path(config.data))
         windows = {*config.windows, *system.config.windows}
-        return BenchmarkBatches(items, system.audio, windows, encoder_of(system, config.queries or QueryConfig()))
+        queries = config.queries or QueryConfig()
+        return BenchmarkBatches(items, system.audio, windows, encoder_of(system, queries, config.storage))
     store = open_store(config.shards, config.storage)
     manifest = load_manifest(store)
-    encoder = make_encoder(config.queries) if config.queries else None
+    encoder = make_encoder(config.queries, storage=config.storage) if config.queries else None
     audio = AudioFormat.of(manifest.spec, encoder.identity if encoder else "")
     if audio != system.audio:
         raise ValueError(f"{config.shards} holds {audio}, but {config.checkpoint} was trained for {system.audio}.")
@@ -163,12 +165,13 @@ def _summary_of(rows: Sequence[Row]) -> dict[str, Any]:
     return found | {"query_following": float(np.mean(asked)) if asked else None, "num_asked": len(asked)}
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def as_csv(rows: Sequence[Row]) -> str:
     """One line for each sample."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def table(results: dict[str, Any]) -> str:

@@ -19,6 +19,8 @@ import soxr
 import xxhash
 from pydantic import Field
 
+from shards.storage import StorageConfig, open_object
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,7 +39,8 @@ class QueryConfig:
     checkpoint: Annotated[
         str,
         Field(
-            description="clap's weights: a folder or hub id in transformers' layout, LAION's .pt or AudioSep's .ckpt"
+            description="clap's weights: a folder or hub id in transformers' layout, or path or URL of LAION's .pt or "
+            "AudioSep's .ckpt"
         ),
     ] = "laion/larger_clap_general"
     tokenizer: Annotated[str, Field(description="folder or hub id of the tokenizer that a .pt or .ckpt needs")] = (
@@ -65,11 +68,12 @@ class Encoder:
     def __init__(
         self,
         name: str,
-        weights: Path,
+        weights: str | Path,
         load_text: Callable[[], EmbedText],
         load_audio: Callable[[], EmbedAudio] | None = None,
+        storage: StorageConfig | None = None,
     ) -> None:
-        self.identity = f"{name}:{_digest(weights)}"
+        self.identity = f"{name}:{_digest(weights, storage)}"
         self._load_text = functools.cache(load_text)
         self._load_audio = load_audio and functools.cache(load_audio)
         self._encode = functools.lru_cache(CACHED_CAPTIONS)(lambda caption: _unit(self._load_text(), caption))
@@ -100,14 +104,14 @@ def _unit(embed: Callable[..., Tensor], *query: Any) -> np.ndarray:
         return torch.nn.functional.normalize(embed(*query), dim=0).cpu().numpy()
 
 
-def make_encoder(config: QueryConfig, device: str = "cpu") -> Encoder:
+def make_encoder(config: QueryConfig, device: str = "cpu", storage: StorageConfig | None = None) -> Encoder:
     """The encoder that a config names. Raises ValueError or OSError when its weights cannot be found."""
     if config.encoder == "minilm":
         folder = _minilm_folder()
         return Encoder("minilm", folder / "model.safetensors", lambda: load_minilm(folder, device))
-    checkpoint = Path(config.checkpoint)
-    if checkpoint.suffix in (".pt", ".ckpt"):
-        return Encoder("clap", checkpoint, lambda: load_laion_clap(checkpoint, config.tokenizer, device))
+    if config.checkpoint.endswith((".pt", ".ckpt")):
+        load = functools.partial(load_laion_clap, config.checkpoint, config.tokenizer, device, storage)
+        return Encoder("clap", config.checkpoint, load, storage=storage)
     folder = _local_folder(config.checkpoint)
     weights = folder / "model.safetensors"
     return Encoder("clap", weights, lambda: load_clap(folder, device), lambda: load_clap_audio(folder, device))
@@ -143,11 +147,11 @@ def load_clap_audio(folder: Path, device: str) -> EmbedAudio:
     return embed
 
 
-def load_laion_clap(checkpoint: Path, tokenizer: str, device: str) -> EmbedText:
+def load_laion_clap(checkpoint: str, tokenizer: str, device: str, storage: StorageConfig | None = None) -> EmbedText:
     """The text tower from LAION's .pt file, or from the query encoder inside a released AudioSep checkpoint."""
     from audiosep.checkpoints import read_checkpoint
 
-    content = read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint, storage)
     tensors = text_tower(content.get("state_dict", content))
     if not tensors:
         raise ValueError(
@@ -234,10 +238,9 @@ def _local_folder(place: str, weights: bool = True) -> Path:
         raise ValueError(f"{place!r} is no folder, and as a hub id it cannot be had: {error}") from error
 
 
-def _digest(weights: Path) -> str:
-    """xxh3-128 of a file, 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with weights.open("rb") as file:
-        while piece := file.read(2**24):
-            digest.update(piece)
+def _digest(weights: str | Path, storage: StorageConfig | None) -> str:
+    """xxh3-128 of a file or object, 32 hexadecimal digits."""
+    digest, (store, name) = xxhash.xxh3_128(), open_object(weights, storage)
+    for piece in store.stream(name, chunk_bytes=2**24):
+        digest.update(piece)
     return digest.hexdigest()

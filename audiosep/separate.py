@@ -1,5 +1,6 @@
 """`audiosep separate`: from a recording of any length, rate and channel count the sounds that a query describes."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from audiosep.config import command_parser, load_config
 from audiosep.queries import Encoder, QueryConfig, make_encoder
 from audiosep.stft import stft
 from audiosep.system import SeparationSystem, load_system
+from shards.storage import StorageConfig, open_object
 
 FADE_FLOOR = 1e-3  # least weight of a segment's sample, so that the recording's first and last one have some
 
@@ -25,12 +27,13 @@ FADE_FLOOR = 1e-3  # least weight of a segment's sample, so that the recording's
 class SeparateConfig:
     """How a recording is separated."""
 
-    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run, or a released one")]
+    checkpoint: Annotated[str, Field(description="last.ckpt or best.ckpt of a run, or a released one; path or URL")]
     query: Annotated[str, Field(min_length=1, description="what to take out, in words")]
-    output: Annotated[str, Field(description="audio file to write, with the mixture's rate and channels")]
+    output: Annotated[str, Field(description="audio file to write, with the mixture's rate and channels; path or URL")]
     queries: QueryConfig = field(default_factory=QueryConfig)
     batch_size: Annotated[int, Field(gt=0, description="segments at a time")] = 8
     accelerator: Annotated[str, Field(description="Lightning's: auto, cpu, gpu")] = "auto"
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,17 +47,19 @@ def main(arguments: Sequence[str]) -> int:
 
 def separate_file(path: str | Path, config: SeparateConfig) -> None:
     """Write what the query describes in an audio file to `config.output`."""
-    system = load_system(config.checkpoint)
+    system = load_system(config.checkpoint, config.storage)
     system.to(Fabric(accelerator=config.accelerator, devices=1).device)
-    condition = torch.from_numpy(encoder_of(system, config.queries).encode([config.query])[0])
+    condition = torch.from_numpy(encoder_of(system, config.queries, config.storage).encode([config.query])[0])
     mixture, sample_rate = read_audio(path)
     resampled = soxr.resample(mixture, sample_rate, system.audio.sample_rate)
     estimate = separate_waveform(system, torch.from_numpy(resampled.T), condition, config.batch_size).numpy().T
     estimate = soxr.resample(estimate, system.audio.sample_rate, sample_rate)
     whole = np.zeros_like(mixture)  # resampling there and back may miss the length by a sample
     whole[: len(estimate)] = estimate[: len(whole)]
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(config.output, whole, sample_rate)
+    store, name = open_object(config.output, config.storage)
+    sound = io.BytesIO()
+    soundfile.write(sound, whole, sample_rate, format=Path(name).suffix[1:])
+    store.write(name, sound.getbuffer())
 
 
 def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
@@ -68,9 +73,9 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
     return waveform, sample_rate
 
 
-def encoder_of(system: SeparationSystem, config: QueryConfig) -> Encoder:
+def encoder_of(system: SeparationSystem, config: QueryConfig, storage: StorageConfig) -> Encoder:
     """The query encoder of a config; ValueError unless it is the one that the system was trained with."""
-    encoder = make_encoder(config)
+    encoder = make_encoder(config, storage=storage)
     if encoder.identity != system.audio.query_encoder:
         raise ValueError(
             f"The model was trained with the query encoder {system.audio.query_encoder} and would not understand a "

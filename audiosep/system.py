@@ -23,6 +23,7 @@ from audiosep.queries import QueryConfig, make_encoder
 from audiosep.resunet import ResUNet30, ResUNetConfig
 from audiosep.samples import Batch
 from audiosep.stft import istft
+from shards.storage import StorageConfig
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class SeparationSystem(pl.LightningModule):
         step, rank = self.trainer.global_step, self.trainer.global_rank
         file = Path(self.trainer.default_root_dir, f"bad-gradient-step-{step}-rank-{rank}.json")
         loss = float(self.trainer.callback_metrics["train/loss"])
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"step": step, "loss": loss, "gradient_norm": str(norm), "keys": self._keys}))
         raise ValueError(
             f"The gradient's norm is {norm} at step {step} (loss {loss}). The weights are still as before, and the "
@@ -255,12 +257,12 @@ def scores(estimate: Tensor, target: Tensor, mixture: Tensor) -> dict[str, Tenso
     }
 
 
-def load_system(path: str | Path) -> SeparationSystem:
+def load_system(path: str | Path, storage: StorageConfig | None = None) -> SeparationSystem:
     """The trained system in a checkpoint, ready for use: from `audiosep train`, with its averaged weights if it has
     them, or a released AudioSep one, whose queries are encoded by the text tower that is in the same file."""
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, storage)
     if "audio" not in content:
-        return _released_system(Path(path), content.get("state_dict", {}))
+        return _released_system(str(path), content.get("state_dict", {}), storage)
     config = build_config(SystemConfig, content["config"] | {"compile": False}, str(path))
     system = SeparationSystem(config, AudioFormat(**content["audio"]))
     system.load_state_dict(content["state_dict"])
@@ -273,7 +275,7 @@ RELEASED_FORMATS = {
 }  # by window: sample rate and hop; DCASE 2024 Task 9's is the second
 
 
-def _released_system(path: Path, tensors: Mapping[str, Tensor]) -> SeparationSystem:
+def _released_system(path: str, tensors: Mapping[str, Tensor], storage: StorageConfig | None) -> SeparationSystem:
     norm = tensors.get(f"{MODEL_PREFIX}base.bn0.weight", torch.empty(1))
     window = 2 * (len(norm) - 1)
     if window not in RELEASED_FORMATS:
@@ -282,9 +284,9 @@ def _released_system(path: Path, tensors: Mapping[str, Tensor]) -> SeparationSys
             f"and no {MODEL_PREFIX}base.bn0 for a window of {' or '.join(map(str, RELEASED_FORMATS))} samples."
         )
     sample_rate, hop_length = RELEASED_FORMATS[window]
-    encoder = make_encoder(QueryConfig("clap", str(path)))
+    encoder = make_encoder(QueryConfig("clap", path), storage=storage)
     audio = AudioFormat(sample_rate, 5 * sample_rate, hop_length, encoder.identity)
     model = ResUNetConfig(window_lengths=(window,))
     system = SeparationSystem(SystemConfig(model=model, window=window, phase="model", loss="l1_wav"), audio)
-    load_released(path, system.ss_model)
+    load_released(path, system.ss_model, storage)
     return system.eval()

@@ -2,14 +2,16 @@
 
 Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, with a checkpoint to go on from."""
 
-import io
 import logging
+import math
+import os
 import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -18,18 +20,19 @@ from typing import Annotated, Any, Literal
 import pytorch_lightning as pl
 import torch
 from pydantic import Field
-from pytorch_lightning.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, EarlyStopping, EMAWeightAveraging, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 
-from audiosep.checkpoints import load_released, read_checkpoint
+from audiosep.checkpoints import load_released, read_checkpoint, write_checkpoint
 from audiosep.config import command_parser, load_config
 from audiosep.datamodule import DataConfig, ShardDataModule
 from audiosep.pictures import spectrogram_figure
 from audiosep.samples import Batch
 from audiosep.system import SeparationSystem, SystemConfig
-from shards.storage import open_store
+from shards.storage import StorageConfig, Store, check_writable, open_object
 
 DONE, STOPPED = 0, 75
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -69,14 +72,35 @@ class TrainerConfig:
 class TrainConfig:
     """Everything that `audiosep train` needs to know."""
 
-    root: Annotated[str, Field(description="folder of the run: checkpoints/ and TensorBoard logs")]
+    root: Annotated[str, Field(description="folder or URL of the run: checkpoints/, and logs/ in a folder")]
     data: DataConfig
     system: SystemConfig = field(default_factory=SystemConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: Annotated[int, Field(ge=0, description="of initial weights and random windows")] = 0
     start_from: Annotated[
-        str, Field(description="released AudioSep checkpoint to fine-tune; empty: random weights")
+        str, Field(description="released AudioSep checkpoint to fine-tune, path or URL; empty: random weights")
     ] = ""
+    logs: Annotated[
+        str,
+        Field(
+            description="local folder for TensorBoard; empty: ROOT/logs, or runs/NAME/logs for a URL that ends in NAME"
+        ),
+    ] = ""
+
+    def __post_init__(self) -> None:
+        if "://" in self.logs:
+            raise ValueError(f"logs is {self.logs}, but TensorBoard appends to its files: name a local folder.")
+
+    @property
+    def log_folder(self) -> Path:
+        if self.logs:
+            return Path(self.logs)
+        local = Path("runs", Path(self.root).name) if "://" in self.root else Path(self.root)
+        return local / "logs"
+
+    def checkpoint(self, name: str) -> str:
+        """Path or URL of one of the run's checkpoints."""
+        return os.path.join(self.root, "checkpoints", name)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -98,18 +122,29 @@ def train(config: TrainConfig) -> int:
     """Train from the beginning or the last checkpoint to the end, or until a signal; returns the exit status."""
     quieten()
     system, data = build(config)
-    last = Path(config.root, "checkpoints", LAST)
-    if last.exists():
-        checkpoint = read_checkpoint(last)
+    last, storage = config.checkpoint(LAST), config.data.storage
+    store, name = open_object(last, storage)
+    begun = store.size(name) is not None
+    if begun:
+        checkpoint = read_checkpoint(last, storage)
         complete = is_complete(checkpoint, config.trainer)
         doing = "The run is complete:" if complete else "Going on from"
         print(f"{doing} {last}, step {checkpoint['global_step']}.", file=sys.stderr)
         if complete:
             return DONE
+    prepare(store)
     keeper = LastCheckpoint(last, config.trainer.checkpoint_steps, config.trainer.max_hours)
     trainer = make_trainer(config, data, keeper)
-    trainer.fit(system, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.fit(system, data, ckpt_path=last if begun else None, weights_only=True)
     return STOPPED if keeper.stopped else DONE
+
+
+@rank_zero_only
+def prepare(store: Store) -> None:
+    """Find out now, not after the first thousand steps, whether checkpoints can be kept, and sweep up what a process
+    left that was killed while it saved one. OSError if they cannot."""
+    check_writable(store)
+    store.sweep()
 
 
 def is_complete(checkpoint: Mapping[str, Any], config: TrainerConfig) -> bool:
@@ -143,26 +178,22 @@ def build(config: TrainConfig) -> tuple[SeparationSystem, ShardDataModule]:
     pl.seed_everything(config.seed, verbose=False)
     system = SeparationSystem(config.system, data.audio, config.seed)
     if config.start_from:
-        load_released(config.start_from, system.ss_model)
+        load_released(config.start_from, system.ss_model, config.data.storage)
     return system, data
 
 
 def make_trainer(config: TrainConfig, data: ShardDataModule, keeper: "LastCheckpoint") -> pl.Trainer:
     """A Trainer for one Lightning epoch, which is the whole run: passes over the data are the loader's affair."""
-    trainer, validated = config.trainer, bool(config.data.valid)
+    trainer, logs = config.trainer, config.log_folder
     callbacks: list[Callback] = [Progress(refresh_rate=trainer.log_steps), Throughput(data, trainer.log_steps)]
     if trainer.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=trainer.ema_decay))  # before whatever saves its average
-    if validated:
+    if config.data.valid:
         mode: Literal["min", "max"] = "min" if trainer.monitor == "valid/loss" else "max"
-        folder, name = keeper.path.parent, Path(BEST).stem
-        callbacks += [
-            Examples(),
-            ModelCheckpoint(folder, name, trainer.monitor, mode=mode, enable_version_counter=False),
-        ]
+        callbacks += [Examples(), BestCheckpoint(config.checkpoint(BEST), trainer.monitor, mode)]
         if trainer.patience:
             callbacks.append(EarlyStopping(trainer.monitor, mode=mode, patience=trainer.patience))
-    plugins: list[Any] = [DurableCheckpoints()]
+    plugins: list[Any] = [StoredCheckpoints(config.data.storage)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # the job's script requeues it, by our exit status
     return pl.Trainer(
@@ -181,9 +212,9 @@ def make_trainer(config: TrainConfig, data: ShardDataModule, keeper: "LastCheckp
         log_every_n_steps=trainer.log_steps,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_checkpointing=validated,
-        logger=TensorBoardLogger(config.root, name="", version="logs"),
-        default_root_dir=config.root,
+        enable_checkpointing=False,  # by Lightning itself
+        logger=TensorBoardLogger(logs.parent, name="", version=logs.name),
+        default_root_dir=logs,
         callbacks=[*callbacks, keeper],
         plugins=plugins,
     )
@@ -200,13 +231,17 @@ class Progress(TQDMProgressBar):
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
-class DurableCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are whole under their name or not there, whatever dies while they are written."""
+class StoredCheckpoints(TorchCheckpointIO):
+    """Checkpoints in a folder or bucket, whole under their name or not there."""
+
+    def __init__(self, storage: StorageConfig) -> None:
+        self._storage = storage
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        open_store(Path(path).parent).write(Path(path).name, buffer.getbuffer())
+        write_checkpoint(checkpoint, path, self._storage)
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_checkpoint(path, self._storage)
 
 
 class LastCheckpoint(Callback):
@@ -215,8 +250,8 @@ class LastCheckpoint(Callback):
 
     It saves only when a step is complete, so whoever goes on from there repeats no sample and misses none."""
 
-    def __init__(self, path: Path, every_steps: int, max_hours: float | None = None) -> None:
-        self.path, self._every_steps = path, every_steps
+    def __init__(self, path: str, every_steps: int, max_hours: float | None = None) -> None:
+        self._path, self._every_steps = path, every_steps
         self.stopped = False
         """Whether a signal ended the run before it was complete."""
         self._max_seconds = max_hours * 3600 if max_hours else float("inf")
@@ -250,7 +285,7 @@ class LastCheckpoint(Callback):
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self._path)
         self._saved_step = self._step
 
     def _seconds(self) -> float:
@@ -261,6 +296,43 @@ class LastCheckpoint(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]
+
+
+class BestCheckpoint(Callback):
+    """Keeps the state after the validation that gave the best figure; of equal ones the first.
+
+    After a restart that checkpoint itself says how good it is: last.ckpt may be from before it."""
+
+    def __init__(self, path: str, monitor: str, mode: Literal["min", "max"]) -> None:
+        self._path, self._monitor, self._sign = path, monitor, 1 if mode == "max" else -1
+        self._best = -math.inf  # of the figure times the sign; on ranks other than 0 it is not known after a restart
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self._monitor)  # another figure's best is another matter
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.is_global_zero:
+            with suppress(FileNotFoundError):
+                kept = trainer.strategy.load_checkpoint(self._path)["callbacks"]
+                self._best = kept.get(self.state_key, self.state_dict())["best"]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = trainer.callback_metrics
+        if self._monitor not in figures:
+            validated = ", ".join(name for name in figures if name.startswith("valid/"))
+            raise ValueError(
+                f"trainer.monitor is {self._monitor!r}, but validation gives {validated}: name one of them."
+            )
+        score = self._sign * float(figures[self._monitor])
+        if trainer.strategy.broadcast(score > self._best):
+            self._best = score
+            trainer.save_checkpoint(self._path)
 
 
 class Throughput(Callback):
@@ -318,9 +390,9 @@ def plan(config: TrainConfig) -> str:
     quieten()
     with tempfile.TemporaryDirectory() as folder:
         few = replace(config.trainer, max_steps=6, log_steps=3, ema_decay=None)
-        probe = replace(config, root=folder, trainer=few, data=replace(config.data, ledger="", valid=""))
+        probe = replace(config, root=folder, trainer=few, logs="", data=replace(config.data, ledger="", valid=""))
         system, data = build(probe)
-        trainer = make_trainer(probe, data, LastCheckpoint(Path(folder, LAST), every_steps=1000))
+        trainer = make_trainer(probe, data, LastCheckpoint(probe.checkpoint(LAST), every_steps=1000))
         trainer.fit(system, data)
         speed = float(trainer.callback_metrics["train/samples_per_second"])
     loader, limits = config.data.loader, config.trainer

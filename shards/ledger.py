@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 
 class Ledger:
-    """Appends what one rank is served to `<folder>/rank-00000.jsonl`, over all restarts.
+    """Appends what one rank is served to `<folder>/rank-00000.jsonl`, over all restarts. The folder is a local one.
 
     Each iteration begins with a line that says where it takes up the order: the loader's state with "rank",
     "world_size", "batch_size" and "time". Then comes a line for each batch: {"positions", "sources", "cycles", "keys"},
     with null for the key of a damaged sample."""
 
     def __init__(self, folder: str | os.PathLike[str], rank: int) -> None:
+        if "://" in os.fspath(folder):
+            raise ValueError(f"The ledger {folder} is to be in a bucket, where nothing can be appended: name a folder.")
         Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder, f"rank-{rank:05d}.jsonl")
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  # one write for each line, for as long as we live

@@ -195,6 +195,29 @@ def open_store(url: str | os.PathLike[str], options: StorageConfig | None = None
     )
 
 
+def open_object(url: str | os.PathLike[str], options: StorageConfig | None = None) -> tuple[Store, str]:
+    """The store that holds the object at a path or URL, and the object's name in it."""
+    folder, name = os.path.split(url)
+    return open_store(folder, options), name
+
+
+def check_writable(store: Store) -> None:
+    """Put an empty object and remove it, so that hours of work aren't done for a place that can't take the result.
+
+    Raises the OSError that the place gave, with what to do."""
+    try:
+        store.write(_PROBE, b"")
+        store.delete(_PROBE)
+    except OSError as error:
+        raise type(error)(
+            f"{store.url} can't be written to, so nothing was begun. Make the folder or bucket, or give the right to "
+            f"put and delete there, or name another place. ({error})"
+        ) from None
+
+
+_PROBE = "writable"
+
+
 @functools.lru_cache(maxsize=4096)
 def check_name(name: str) -> str:
     """The name, when it stays below its store; names come from manifests, which are not trusted."""

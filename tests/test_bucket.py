@@ -1,5 +1,6 @@
-"""The whole way with every byte of data in a bucket on a real S3 server: clips, shards, training, evaluation."""
+"""The whole way with everything in a bucket on a real S3 server: clips, shards, checkpoints, figures."""
 
+import io
 import json
 import os
 import re
@@ -14,12 +15,16 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import torch
 import yaml
 from audio import small_settings, write_catalogue
 from servers import BUCKET, S3Server
 from shard_data import make_data_set
+from training_data import config_of, make_shards, settings
 
 from audiosep import cli
+from audiosep.checkpoints import read_checkpoint
+from audiosep.train import train
 from shards import cli as shards_cli
 from shards.loader import ShardLoader
 from shards.storage import StorageConfig, Store, open_store
@@ -36,7 +41,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     yield server
-    server.stop()
+    server.kill()  # it has nothing to put away, and takes long to end by itself
 
 
 def content(store: Store) -> dict[str, bytes]:
@@ -59,10 +64,13 @@ def run(command: str, config: dict[str, Any], file: Path, *words: str) -> None:
     assert cli.main([command, "--config", str(file), *words]) == 0
 
 
-def test_precompute_seal_verify_train_evaluate_in_a_bucket(
-    server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_precompute_seal_verify_train_evaluate_separate_in_a_bucket(
+    server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, local = f"s3://{BUCKET}/run", tmp_path / "run"
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     catalogue = catalogue_in(f"s3://{BUCKET}/sounds", tmp_path / "sounds")
     kinds = {"train": ("magnitude", 24), "valid": ("complex", 8)}
     for split, (representation, num_samples) in kinds.items():
@@ -73,28 +81,121 @@ def test_precompute_seal_verify_train_evaluate_in_a_bucket(
             run("precompute", config, tmp_path / "precompute.yaml")
             assert shards_cli.main(["seal", f"{root}/{split}"]) == 0
             assert shards_cli.main(["verify", f"{root}/{split}"]) == 0
-    assert content(open_store(bucket)) == content(open_store(local))
     for command in ("info", "show", "cat"):
         words = [] if command == "info" else ["000000003"]
         assert shards_cli.main([command, f"{bucket}/train", *words]) == 0
 
-    training = {
-        "root": str(tmp_path / "training"),
-        "data": {"train": f"{bucket}/train", "valid": f"{bucket}/valid", "loader": {"batch_size": 4}},
-        "system": {"model": {"window_lengths": [256], "widths": [4, 8], "condition_size": 384}, "window": 256},
-        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 8, "validate_steps": 4, "deterministic": True},
-    }
-    run("train", training, tmp_path / "train.yaml")
-    checkpoint = str(tmp_path / "training/checkpoints/last.ckpt")
-    evaluation = {"checkpoint": checkpoint, "shards": f"{bucket}/valid", "accelerator": "cpu"}
-    run("evaluate", evaluation | {"output": str(tmp_path / "metrics")}, tmp_path / "evaluate.yaml")
-    assert json.loads((tmp_path / "metrics/metrics.json").read_text())["model"]["overall"]["num_samples"] == 8
+    system = {"model": {"window_lengths": [256], "widths": [4, 8], "condition_size": 384}, "window": 256}
+    trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 8, "validate_steps": 4, "deterministic": True}
+    clip = next((tmp_path / "sounds").rglob("*.flac"))
+    for root, logs in ((bucket, ""), (local, str(tmp_path / "logs"))):
+        data = {"train": f"{root}/train", "valid": f"{root}/valid", "loader": {"batch_size": 4}}
+        training = {"root": f"{root}/model", "data": data, "system": system, "trainer": trainer, "logs": logs}
+        run("train", training, tmp_path / "train.yaml")
+        checkpoint = {"checkpoint": f"{root}/model/checkpoints/best.ckpt", "accelerator": "cpu"}
+        evaluation = {"shards": f"{root}/valid", "output": f"{root}/metrics"}
+        run("evaluate", checkpoint | evaluation, tmp_path / "evaluate.yaml")
+        separation = {"query": "a dog barks", "output": f"{root}/estimate.wav"}
+        run("separate", checkpoint | separation, tmp_path / "separate.yaml", str(clip))
+    tree = content(open_store(bucket))
+    checkpoints = [name for name in tree if name.endswith(".ckpt")]
+    assert checkpoints == ["model/checkpoints/best.ckpt", "model/checkpoints/last.ckpt"]
+    assert {"metrics/metrics.json", "metrics/metrics.csv", "estimate.wav"} <= tree.keys()
+    tree |= {name: without_clock(f"{bucket}/{name}") for name in checkpoints}
+    assert tree == content(open_store(local)) | {name: without_clock(local / name) for name in checkpoints}
+    assert json.loads(tree["metrics/metrics.json"])["model"]["overall"]["num_samples"] == 8
+    assert {path.parent for path in here.rglob("*") if path.is_file()} == {here / "runs/model/logs"}
 
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     written = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "server" not in path.parents]
     assert all(secret.encode() not in path.read_bytes() for path in written)
     assert all(secret.encode() not in data for data in content(open_store(bucket)).values())
     assert secret not in "".join(capfd.readouterr())
+
+
+def without_clock(checkpoint: str | Path) -> bytes:
+    """A checkpoint's bytes, but for the seconds that training took."""
+    state = read_checkpoint(checkpoint)
+    state["callbacks"]["LastCheckpoint"]["seconds"] = 0
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_goes_on_in_the_bucket_after_a_kill_and_through_a_restart_of_the_server(
+    server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bucket, data = f"s3://{BUCKET}/killed-training", tmp_path / "data"
+    make_shards(data / "train", 100)
+    make_shards(data / "valid", 10, "complex")
+    for split in ("train", "valid"):
+        assert shards_cli.main(["copy", f"{data}/{split}", f"{bucket}/{split}"]) == 0
+    limits = {"max_epochs": 10, "checkpoint_steps": 7, "validate_steps": 7, "ema_decay": 0.9}
+    assert train(config_of(settings(tmp_path / "whole", data / "train", data / "valid", **limits))) == 0
+
+    config = settings(Path("model"), Path("train"), Path("valid"), **limits)
+    config |= {"root": f"{bucket}/model"}
+    config["data"] |= {"train": f"{bucket}/train", "valid": f"{bucket}/valid", "ledger": "ledger"}
+    config["data"]["loader"]["prefetch_bytes"] = 1  # reading is at most a batch ahead
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "audiosep.cli", "train", "--config", str(tmp_path / "train.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, cwd=here, env=environment)
+
+    def wait_for_batches(number: int, process: subprocess.Popen[bytes]) -> None:
+        ledger = here / "ledger/rank-00000.jsonl"
+        while not ledger.exists() or ledger.read_bytes().count(b'"keys"') < number:
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.002)
+
+    killed = start()
+    wait_for_batches(40, killed)
+    killed.kill()
+    killed.wait()
+    process = start()
+    wait_for_batches(80, process)
+    server.kill()
+    time.sleep(1)
+    server.start()
+    assert process.wait(120) == 0
+    assert "Going on from s3://" in capfd.readouterr().err
+
+    assert shards_cli.main(["audit", str(here / "ledger")]) == 0
+    audit = capfd.readouterr().out
+    assert audit.count("96 of 100 samples served exactly once, 4 left out at the end") == 10
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = (read_checkpoint(f"{root}/checkpoints/{name}") for root in (f"{bucket}/model", tmp_path / "whole"))
+        assert one["global_step"] == other["global_step"]
+        assert_equal(one["state_dict"], other["state_dict"])
+    assert {path.relative_to(here).parts[0] for path in here.iterdir()} == {"ledger", "runs"}
+    assert {path.parent for path in here.glob("runs/**/*") if path.is_file()} == {here / "runs/model/logs"}
+
+
+def test_a_place_that_takes_no_checkpoint_is_told_before_training(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path / "train", 20)
+    config = settings(tmp_path, tmp_path / "train") | {"root": f"s3://{BUCKET}/refused", "logs": str(tmp_path / "logs")}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    words = ["train", "--config", str(tmp_path / "train.yaml")]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    assert cli.main(words) == 2
+    message = capsys.readouterr().err
+    assert f"s3://{BUCKET}/refused/checkpoints" in message
+    assert "403 Forbidden" in message
+    assert "another-secret" not in message
+    assert not (tmp_path / "logs").exists()
+    assert cli.main([*words, "--logs", f"s3://{BUCKET}/logs"]) == 2
+    assert "name a local folder" in capsys.readouterr().err
 
 
 def test_the_server_restarts_in_the_middle_of_an_epoch(server: S3Server, tmp_path: Path) -> None:

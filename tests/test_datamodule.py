@@ -78,7 +78,7 @@ def test_captions_are_encoded_where_shards_store_no_conditions(tmp_path: Path, m
     with pytest.raises(ValueError, match=r"stores no conditions: set data\.queries\.encoder"):
         data_of(tmp_path / "train")
     encoder = SimpleNamespace(identity="fake:1", encode=lambda texts: np.ones((len(texts), 3), np.float32))
-    monkeypatch.setattr(datamodule, "make_encoder", lambda _: encoder)
+    monkeypatch.setattr(datamodule, "make_encoder", lambda *_, **__: encoder)
     assert data_of(tmp_path / "train", queries={"encoder": "minilm"}).audio.query_encoder == "fake:1"
 
 

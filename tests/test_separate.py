@@ -44,7 +44,7 @@ def test_a_file_keeps_its_length_rate_and_channels(
 ):
     checkpoint = save(identity(), tmp_path)
     encoder = SimpleNamespace(identity="test:tones", encode=lambda queries: np.ones((1, 4), np.float32))
-    monkeypatch.setattr(separate, "make_encoder", lambda _: encoder)
+    monkeypatch.setattr(separate, "make_encoder", lambda *_, **__: encoder)
     times = np.arange(round(0.7 * sample_rate)) / sample_rate
     mixture = np.stack([0.3 * np.sin(2 * np.pi * 300 * (i + 1) * times) for i in range(channels)], axis=1)
     soundfile.write(tmp_path / "a mixture – ü.wav", mixture, sample_rate, subtype="FLOAT")
@@ -70,7 +70,7 @@ def test_another_encoder_and_what_is_no_audio_are_refused(tmp_path: Path, monkey
     checkpoint = save(identity(), tmp_path)
     words = ["--query", "a tone", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out.wav")]
     encoder = SimpleNamespace(identity="other:1", encode=lambda queries: np.ones((1, 4), np.float32))
-    monkeypatch.setattr(separate, "make_encoder", lambda _: encoder)
+    monkeypatch.setattr(separate, "make_encoder", lambda *_, **__: encoder)
     (tmp_path / "text.wav").write_text("no audio")
     with pytest.raises(ValueError, match=r"trained with the query encoder test:tones.*other:1"):
         main([str(tmp_path / "text.wav"), *words])

@@ -183,7 +183,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_keys(tmp_path: Path):
     config = settings(tmp_path / "run", spoiled, max_epochs=1, checkpoint_steps=1)
     with pytest.raises(ValueError, match="norm is nan"):
         train(config_of(config))
-    (report,) = (tmp_path / "run").glob("bad-gradient-*.json")
+    (report,) = (tmp_path / "run/logs").glob("bad-gradient-*.json")
     assert f"{17:09d}" in json.loads(report.read_text())["keys"]
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert not last.exists() or all(
@@ -211,6 +211,24 @@ def test_it_learns_logs_validates_and_stops_early(tmp_path: Path, shards: Path, 
     impatient["system"]["optimizer"]["learning_rate"] = 1e-12
     assert train(config_of(impatient)) == 0
     assert read_checkpoint(tmp_path / "stopped/checkpoints/last.ckpt")["global_step"] < 100
+
+
+def test_after_a_restart_best_is_replaced_by_nothing_worse(tmp_path: Path, shards: Path, valid: Path):
+    # Each last.ckpt is from just before the validation of the same step, and knows nothing of it.
+    config = settings(tmp_path / "run", shards, valid, max_steps=10, validate_steps=10, checkpoint_steps=10)
+    assert train(config_of(config)) == 0
+    best = tmp_path / "run/checkpoints/best.ckpt"
+    content = read_checkpoint(best)
+    (state,) = (state for name, state in content["callbacks"].items() if name.startswith("BestCheckpoint"))
+    for max_steps, loss, replaced in ((20, 0.0, False), (30, 1e9, True)):
+        state["best"] = -loss
+        torch.save(content, best)
+        before = best.read_bytes()
+        config["trainer"]["max_steps"] = max_steps
+        assert train(config_of(config)) == 0
+        assert (best.read_bytes() != before) == replaced
+    with pytest.raises(ValueError, match=r"monitor is 'valid/si_sdr', but validation gives valid/loss: name"):
+        train(config_of(settings(tmp_path / "other", shards, shards, validate_steps=1, monitor="valid/si_sdr")))
 
 
 def test_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]):

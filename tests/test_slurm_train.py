@@ -1,14 +1,17 @@
-"""DDP training over gloo on the test cluster: preempted, killed, and gone on with another number of nodes."""
+"""DDP training over gloo on the test cluster, with its checkpoints in a bucket: preempted, killed, and gone on with
+another number of nodes."""
 
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from servers import BUCKET, S3Server
 from slurm_lab import Cluster, kill, processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -44,14 +47,16 @@ def make_sample(index: int) -> Sample:
     return Sample(f"{index:09d}", {"text": "a third", "kind": "test", "length": 800, "index": index}, arrays)
 
 
-def write_run(folder: Path, root: Path, **train: Any) -> str:
+def write_run(folder: Path, root: Path, server: S3Server, **train: Any) -> str:
     settings = {
-        "root": str(folder / "training"),
+        "root": f"s3://{BUCKET}/training",
+        "logs": str(folder / "logs"),
         "data": {"train": str(root), "loader": {"batch_size": BATCH_SIZE}, "ledger": str(folder / "ledger")},
         "system": {"window": 64, "model": {"window_lengths": [64], "widths": [4], "condition_size": 4}},
         "trainer": {"max_epochs": 1, "checkpoint_steps": 10, "log_steps": 1, "accelerator": "cpu"},
     }
     settings["system"]["optimizer"] = {"warm_up_steps": 1}
+    settings["data"]["storage"] = asdict(server.options)
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))
     config = {
         "folder": str(folder / "run"),
@@ -75,9 +80,9 @@ def wait_for_batches(cluster: Cluster, folder: Path) -> None:
 
 
 def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nodes(
-    cluster: Cluster, root: Path, tmp_path: Path
+    cluster: Cluster, root: Path, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    config = write_run(tmp_path, root)
+    config = write_run(tmp_path, root, s3_server)
     assert main(["train", "--config", config]) == 0
     job = job_of(tmp_path)
     wait_for_batches(cluster, tmp_path)
@@ -98,7 +103,9 @@ def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nod
     sessions = read_ledger(tmp_path / "ledger")
     assert [len(ranks) for ranks in sessions] == [2, 2, 2, 3]
     exactly_once(sessions)
-    loss_goes_on(tmp_path / "training")
+    loss_goes_on(tmp_path / "logs")
+    store = open_store(f"s3://{BUCKET}/training", s3_server.options)
+    assert [name for name, _ in store.list()] == ["checkpoints/last.ckpt"]
 
 
 def job_of(folder: Path) -> str:
@@ -139,7 +146,7 @@ def exactly_once(starts: list[list[Session]]) -> None:
 
 def loss_goes_on(folder: Path) -> None:
     """Each step has a loss, and no restart throws it back."""
-    events = EventAccumulator(str(folder / "logs"), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
     steps = {event.step for event in events}
     assert steps == {*range(len(steps))}
     settled = [event.value for event in events if event.step > 40]

@@ -105,9 +105,11 @@ class Tally:
 class Dataset:
     """The samples of a config and its catalogue, bound to the root that they are written to."""
 
-    def __init__(self, config: PrecomputeConfig, catalogue: Catalogue) -> None:
-        """Raises ValueError that names what changed, if the root was begun with another spec."""
-        self.config, self.catalogue = config, catalogue
+    def __init__(self, config: PrecomputeConfig, catalogue: Catalogue, dry_run: bool = False) -> None:
+        """Begins the data set unless it is a dry run, which changes nothing at the root.
+
+        Raises ValueError that names what changed, if the root was begun with another spec."""
+        self.config, self.catalogue, self._dry_run = config, catalogue, dry_run
         self.store: Store = open_store(config.root, config.storage)
         self.recipes = Recipes(
             catalogue,
@@ -120,9 +122,9 @@ class Dataset:
         self._device = self._choose_device()
         self._queries = make_encoder(config.queries, self._device, config.storage) if config.queries else None
         num_samples = config.shards.num_samples or config.shards.passes * self.recipes.samples_per_pass
-        self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard)
-        # For people and for `audiosep explain`; no part of the spec, since clips may be moved.
-        self.store.create(ORIGIN, canonical_json({"folders": catalogue.folders}))
+        self.plan: Plan = bind(self.store, self._spec(), num_samples, config.shards.samples_per_shard, dry_run)
+        if not dry_run:  # for people and for `audiosep explain`; no part of the spec, since clips may be moved
+            self.store.create(ORIGIN, canonical_json({"folders": catalogue.folders}))
 
     def _spec(self) -> dict[str, Any]:
         """All that decides over the samples' bytes besides their number, as plain data."""
@@ -149,7 +151,8 @@ class Dataset:
 
         If the share is everything, also remove what killed workers left."""
         if len(share) == self.plan.num_shards:
-            self.store.sweep()
+            if not self._dry_run:
+                self.store.sweep()
             found: Iterator[Record | str] = survey(self.store, self.plan)
         else:
             names = map(self.plan.shard_name, share)

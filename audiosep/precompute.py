@@ -82,11 +82,13 @@ def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--shards", type=parse_ranges, help="make only these shards, such as 3,17,40-52")
     parser.add_argument("--plan", action="store_true", help="print as JSON what is missing, and make nothing")
+    parser.add_argument("--begin", action="store_true", help="with --plan: bind the root to this config all the same")
     options, overrides = parser.parse_known_args(arguments)
     if not 0 <= options.rank < options.world_size:
         raise ValueError(f"--rank {options.rank} must be in 0..{options.world_size - 1}, below --world-size.")
     config = load_config(PrecomputeConfig, options.config, overrides)
-    dataset = Dataset(config, read_catalogue(config.catalogue, config.check_files))
+    catalogue = read_catalogue(config.catalogue, config.check_files)
+    dataset = Dataset(config, catalogue, dry_run=options.plan and not options.begin)
     request.check()
     plan = dataset.plan
     share = options.shards or range(options.rank, plan.num_shards, options.world_size)

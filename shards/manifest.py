@@ -65,12 +65,15 @@ class Plan:
 _PLAN = TypeAdapter(Plan)
 
 
-def bind(store: Store, spec: Mapping[str, Any], num_samples: int, samples_per_shard: int) -> Plan:
-    """Bind a root to a spec before its first shard, or find it bound to just that one.
+def bind(
+    store: Store, spec: Mapping[str, Any], num_samples: int, samples_per_shard: int, dry_run: bool = False
+) -> Plan:
+    """Bind a root to a spec before its first shard, or find it bound to just that one; a dry run leaves it unbound.
 
     `spec` is plain JSON data. Raises ValueError that names what differs if the root is bound to another."""
     plan = Plan(FORMAT_VERSION, dict(spec), num_samples, samples_per_shard)
-    if not store.create(SPEC, canonical_json(asdict(plan))):
+    begun = store.size(SPEC) is not None if dry_run else not store.create(SPEC, canonical_json(asdict(plan)))
+    if begun:
         bound = read_plan(store)
         if bound.spec_digest != plan.spec_digest:
             changes = "; ".join(_changes(asdict(bound), asdict(plan), ""))

@@ -46,7 +46,7 @@ def _run(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="status as JSON")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="status again and again while jobs are left")
     options, overrides = parser.parse_known_args(words)
-    run = Run(load_config(options.config, overrides, options.command))
+    run = Run(load_config(options.config, overrides, options.command), options.dry_run)
     if options.command == "status":
         return _status(run, options.json, options.watch)
     stages = {"precompute": pipeline.precompute, "train": pipeline.train, "pipeline": pipeline.pipeline}

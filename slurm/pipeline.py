@@ -41,7 +41,7 @@ def precompute(run: Run) -> list[Job]:
     jobs: list[Job] = []
     for file, split in zip(files, splits):
         attempt = run.attempts(f"seal-{split}") + 1
-        plan = read_plan(run.config, file)
+        plan = read_plan(run, file)
         jobs += render_round(run, file, plan, split, attempt, run.config.precompute.max_rounds - 1)
     return jobs
 
@@ -82,7 +82,7 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     Jobs that wait for this sealing job wait for the next one instead. Started twice, it does not submit twice."""
     run = Run.open(folder)
     file = run.folder / f"precompute-{split}-{attempt}.yaml"
-    plan = read_plan(run.config, file)
+    plan = read_plan(run, file)
     if not plan.unfinished:
         status = subprocess.call(shards_command(run.config, "seal", plan))
         if status == 0 and run.config.seal.verify:

@@ -65,6 +65,7 @@ class Run:
     """The run folder: config.yaml, one .sbatch and its files for each job, jobs.jsonl, logs/."""
 
     config: SlurmConfig
+    dry_run: bool = False  # jobs are only shown, and no data set is begun
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -89,9 +90,12 @@ class Run:
         return sum(entry.name.rpartition("-")[0] == stem for entry in self.submissions())
 
 
-def read_plan(config: SlurmConfig, file: Path) -> Plan:
-    """The plan of one precompute config; ValueError with the command's own words when it refuses the config."""
-    words = [*shlex.split(config.audiosep), "precompute", "--config", str(file), "--plan"]
+def read_plan(run: Run, file: Path) -> Plan:
+    """The plan of one precompute config, to which the root is bound from now on, unless in a dry run.
+
+    Raises ValueError with the command's own words when it refuses the config."""
+    words = [*shlex.split(run.config.audiosep), "precompute", "--config", str(file), "--plan"]
+    words += [] if run.dry_run else ["--begin"]
     return Plan(**json.loads(command_output(*words)))
 
 

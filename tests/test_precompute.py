@@ -64,6 +64,9 @@ def test_single_shards_in_any_order_make_the_same_tree(tmp_path, catalogue, expe
 
 def test_the_plan_names_what_is_missing_and_makes_nothing(tmp_path, catalogue, capsys):
     config = configure(tmp_path, catalogue)
+    assert main(["--config", config, "--plan"]) == 0
+    assert json.loads(capsys.readouterr().out)["unfinished"] == [0, 1, 2, 3, 4, 5]
+    assert not (tmp_path / "root").exists()
     assert main(["--config", config, "--shards", "1,4"]) == 0
     before = tree(tmp_path / "root")
     assert main(["--config", config, "--plan"]) == 0
@@ -101,15 +104,16 @@ def test_damaged_shards_are_made_again(tmp_path, catalogue, expected):
 )
 def test_a_root_begun_with_another_config_is_refused(tmp_path, catalogue, override, message):
     config = configure(tmp_path, catalogue)
-    assert main(["--config", config, "--plan"]) == 0
-    with pytest.raises(ValueError, match=message):
-        main(["--config", config, *override])
+    assert main(["--config", config, "--plan", "--begin"]) == 0
+    for words in ([], ["--plan"]):
+        with pytest.raises(ValueError, match=message):
+            main(["--config", config, *words, *override])
 
 
 def test_a_changed_catalogue_is_refused(tmp_path):
     catalogue = write_catalogue(tmp_path)
     config = configure(tmp_path, catalogue)
-    assert main(["--config", config, "--plan"]) == 0
+    assert main(["--config", config, "--plan", "--begin"]) == 0
     catalogue.write_text(catalogue.read_text().replace("number 3", "number three"))
     with pytest.raises(ValueError, match=r"spec\.catalogue\.digest"):
         main(["--config", config])

@@ -92,7 +92,10 @@ def test_an_array_in_trouble_ends_sealed_with_the_same_bytes(
         root, storage = f"s3://{BUCKET}/night", server.options
     settings = small_settings(Path("ROOT"), catalogue, shards=SHARDS) | {"root": root, "storage": asdict(storage)}
     store = open_store(root, storage)
-    assert main(["precompute", "--config", write_run(tmp_path, settings)]) == 0
+    config = write_run(tmp_path, settings)
+    assert main(["precompute", "--config", config, "--dry-run"]) == 0
+    assert not list(store.list()), "a dry run begins nothing"
+    assert main(["precompute", "--config", config]) == 0
     trouble(cluster, tmp_path, Run.open(tmp_path / "run").submissions()[0].job_id, store)
     cluster.wait_idle(240)
     found = {name: store.read(name) for name, _ in store.list()}

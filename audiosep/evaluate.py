@@ -72,10 +72,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, write and print; returns what is in metrics.json: by separator, overall and for each kind of sound."""
-    output = open_store(config.output, config.storage)
-    check_writable(output)
     system = load_system(config.checkpoint, config.storage)
     batches = _open(config, system)
+    output = open_store(config.output, config.storage)
+    check_writable(output)
     device = Fabric(accelerator=config.accelerator, devices=1).device
     separators: dict[str, Separate] = {"model": partial(system.to(device).estimate, windows=config.windows)}
     if config.baselines:

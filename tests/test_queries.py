@@ -117,10 +117,13 @@ def test_laion_file_equals_roberta_and_projection(tmp_path: Path, transformers: 
     torch.save(content, tmp_path / "laion.pt")
     tokenizer = save_tokenizer(transformers, tmp_path)
     encoder = make_encoder(QueryConfig("clap", str(tmp_path / "laion.pt"), str(tmp_path)))
+    by_url = make_encoder(QueryConfig("clap", f"file://{tmp_path}/laion.pt", str(tmp_path)))
     with torch.no_grad():  # padded to 512 tokens as upstream does
         tokens = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=512, return_tensors="pt")
         expected = normalize(projection(roberta(**tokens).pooler_output))
     np.testing.assert_allclose(encoder.encode(CAPTIONS), expected, atol=1e-5)
+    np.testing.assert_array_equal(by_url.encode(CAPTIONS), encoder.encode(CAPTIONS))
+    assert by_url.identity == encoder.identity
 
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from shards.tar import Field
+
+Rows = list[list[memoryview]]  # [B][fields]
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,20 @@ class Layout:
 
     @property
     def num_bytes(self) -> int:
-        return self._starts()[-1]
+        return self._starts[-1]
 
+    @cached_property
     def _starts(self) -> list[int]:
         starts = [0]
         for item in self.fields:
             starts.append(starts[-1] + -(-self.batch_size * item.num_bytes // 64) * 64)
         return starts
 
-    def rows(self, memory: NDArray[np.uint8]) -> list[list[memoryview]]:
+    def rows(self, memory: NDArray[np.uint8]) -> Rows:
         """For each row of the batch, its bytes in each field."""
         by_field = [
             memory[start : start + self.batch_size * item.num_bytes].reshape(self.batch_size, item.num_bytes)
-            for start, item in zip(self._starts(), self.fields)
+            for start, item in zip(self._starts, self.fields)
         ]
         return [[field_row.data for field_row in row] for row in zip(*by_field)]
 
@@ -65,7 +69,7 @@ class Layout:
             item.name: memory[start : start + self.batch_size * item.num_bytes]
             .view(getattr(torch, item.dtype))
             .view(self.batch_size, *item.shape)
-            for start, item in zip(self._starts(), self.fields)
+            for start, item in zip(self._starts, self.fields)
         }
 
 
@@ -76,32 +80,40 @@ class BufferRing:
     none is free a new one is made: a consumer that keeps its batches, such as list(loader), pays their memory and
     never waits for itself."""
 
-    def __init__(self, num_bytes: int, num_kept: int, pinned: bool) -> None:
+    def __init__(self, layout: Layout, num_kept: int, pinned: bool) -> None:
         """`num_kept`: free pieces kept at most. `pinned`: page-locked, for copies to a GPU beside computation."""
-        self._num_bytes = num_bytes
+        self._layout = layout
         self._pinned = pinned
-        self._free: deque[tuple[NDArray[np.uint8], torch.cuda.Event | None]] = deque(maxlen=num_kept)
+        self._free: deque[tuple[_Piece, torch.cuda.Event | None]] = deque(maxlen=num_kept)
 
-    def take(self) -> torch.Tensor:
-        """uint8 [num_bytes], which comes back by itself when the last tensor that views it is gone."""
+    def take(self) -> tuple[torch.Tensor, Rows]:
+        """uint8 [layout.num_bytes], which comes back by itself when the last tensor that views it is gone, and its
+        rows, to be filled as long as it lives."""
         try:
-            memory, last_use = self._free.popleft()
+            piece, last_use = self._free.popleft()
         except IndexError:
-            memory, last_use = self._fresh(), None
+            memory = self._fresh()
+            piece, last_use = _Piece(memory, self._layout.rows(memory)), None
         if last_use is not None:
             last_use.synchronize()
-        view = memory[:]  # an object of its own, which the tensor keeps alive
+        view = piece.memory[:]  # an object of its own, which the tensor keeps alive
         # The garbage collector calls this from whatever thread and line it interrupts: it may take no lock.
-        weakref.finalize(view, self._give_back, memory).atexit = False
-        return torch.from_numpy(view)
+        weakref.finalize(view, self._give_back, piece).atexit = False
+        return torch.from_numpy(view), piece.rows
 
     def _fresh(self) -> NDArray[np.uint8]:
         if self._pinned:
-            return torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-        return np.empty(self._num_bytes, np.uint8)  # on huge pages, unlike torch's
+            return torch.empty(self._layout.num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return np.empty(self._layout.num_bytes, np.uint8)  # on huge pages, unlike torch's
 
-    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+    def _give_back(self, piece: "_Piece") -> None:
         last_use = torch.cuda.Event() if self._pinned else None
         if last_use is not None:
             last_use.record()  # copies to the GPU, queued on the current stream, may still read the memory
-        self._free.append((memory, last_use))
+        self._free.append((piece, last_use))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    memory: NDArray[np.uint8]
+    rows: Rows

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shards.storage import Buffer, LocalStore, NoRangeError, Sink, Store, as_bytes
+from shards.storage import Buffer, LocalStore, NoRangeError, Range, Sink, Store, as_bytes
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class CachedStore(Store):
 
     def __init__(self, source: Store, digest: str) -> None:
         super().__init__(source.url, source.options)
-        self.concurrency = source.concurrency
+        self.concurrency, self.request_bytes = source.concurrency, source.request_bytes
         self._source, self._digest = source, digest
         folder = Path(source.options.cache_dir or "").expanduser() / _FOLDER
         self._kept = LocalStore(str(folder), source.options, durable=False)
@@ -53,16 +53,28 @@ class CachedStore(Store):
         return CachedStore, (self._source, self._digest)
 
     def read_range(self, name: str, offset: int, buffers: Sequence[memoryview | np.ndarray]) -> None:
-        size = sum(as_bytes(buffer).nbytes for buffer in buffers)
-        kept = f"{self._digest}/{name}/{offset}-{size}.range"
-        if self._read_kept(kept, buffers):
+        self.read_ranges(name, [(offset, buffers)])
+
+    def read_ranges(self, name: str, ranges: Sequence[Range]) -> None:
+        """Each range is kept by itself, so that it is found again whatever it is read together with next time."""
+        missing = [each for each in ranges if not self._read_kept(self._kept_name(name, each), each[1])]
+        if not missing:
             return
         try:
-            self._source.read_range(name, offset, buffers)
+            self._source.read_ranges(name, missing)
         except NoRangeError:
-            self._read_from_whole(name, offset, buffers)
+            for offset, buffers in missing:
+                self._read_from_whole(name, offset, buffers)
             return
-        if self._room.take(size):
+        for each in missing:
+            self._keep(self._kept_name(name, each), each[1])
+
+    def _kept_name(self, name: str, wanted: Range) -> str:
+        offset, buffers = wanted
+        return f"{self._digest}/{name}/{offset}-{_num_bytes(buffers)}.range"
+
+    def _keep(self, kept: str, buffers: Sequence[memoryview | np.ndarray]) -> None:
+        if self._room.take(_num_bytes(buffers)):
             try:
                 with self._kept.writer(kept) as sink:
                     sink.write(*buffers, _checksum(buffers))
@@ -196,6 +208,10 @@ class _Room:
         with self._lock:
             self._open = False
         log.warning("Nothing more is kept in %s: %s", self._kept.url, error)
+
+
+def _num_bytes(buffers: Sequence[memoryview | np.ndarray]) -> int:
+    return sum(buffer.nbytes for buffer in buffers)
 
 
 def _checksum(buffers: Sequence[memoryview | np.ndarray]) -> bytes:

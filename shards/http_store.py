@@ -33,7 +33,7 @@ class RemoteStore(Store):
 
     def __init__(self, url: str, options: StorageConfig) -> None:
         super().__init__(url.rstrip("/"), options)
-        self.concurrency = options.concurrency
+        self.concurrency, self.request_bytes = options.concurrency, options.request_bytes
         self._versions: dict[str, Version] = {}
         self._parallelism = _Parallelism(options.concurrency)
 

@@ -124,7 +124,7 @@ class ShardLoader:
         self._layout = Layout(_served_fields(self._readers, self.config.float32), self.config.batch_size)
         self._prefetch = max(1, self.config.prefetch_bytes // self._layout.num_bytes)
         pinned = torch.cuda.is_available() if self.config.pin_memory == "auto" else self.config.pin_memory
-        self._ring = BufferRing(self._layout.num_bytes, self._prefetch + 2, pinned)
+        self._ring = BufferRing(self._layout, self._prefetch + 2, pinned)
         self._ledger = Ledger(ledger, rank) if ledger is not None else None
         self._seed = self.config.seed
         self._block_samples = self.config.block_samples
@@ -230,7 +230,7 @@ class ShardLoader:
             positions = start + steps * self._global_batch_size + self.rank * size + np.arange(size)
             draws = order[first_place + np.minimum(positions, self.num_samples - 1)]
             for row, places in enumerate(positions):
-                yield Filling(places, self.num_samples, draws[row], self._layout, self._ring.take())
+                yield Filling(places, self.num_samples, draws[row], self._layout, self._ring)
 
     def _account(self, filled: Filling) -> None:
         """Count what is about to be served and put it on record; raise for damage that is not to be skipped."""
@@ -254,7 +254,7 @@ class ShardLoader:
                     "positions": filled.positions[own].tolist(),
                     "sources": filled.draws.source[own].tolist(),
                     "cycles": filled.draws.cycle[own].tolist(),
-                    "keys": [None if row in filled.damaged else filled.keys[row] for row in own],
+                    "keys": [None if row in filled.damaged else filled.found[row][0] for row in own],
                 }
             )
 

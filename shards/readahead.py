@@ -1,17 +1,19 @@
 """Threads that fill batches row by row, a bounded number of batches ahead of their consumer."""
 
+import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from shards.batches import Batch, Layout
+from shards.batches import Batch, BufferRing, Layout
 from shards.order import Draws, Integers
-from shards.reader import CorruptSampleError, SampleReader
+from shards.reader import CorruptSampleError, Margins, SampleReader
 
 ROWS_AT_ONCE = 4  # that one thread takes, if there are enough for all
 
@@ -19,23 +21,26 @@ ROWS_AT_ONCE = 4  # that one thread takes, if there are enough for all
 class Filling:
     """A batch while its rows are being read."""
 
-    def __init__(
-        self, positions: Integers, epoch_samples: int, draws: Draws, layout: Layout, memory: torch.Tensor
-    ) -> None:
+    def __init__(self, positions: Integers, epoch_samples: int, draws: Draws, layout: Layout, ring: BufferRing) -> None:
         """`draws`: what stands at `positions`; beyond the epoch's end, what stands at its last position."""
         self.positions = positions
         self.inside = positions < epoch_samples
         self.draws = draws
+        self.sources: list[int] = draws.source.tolist()
+        self.samples: list[int] = draws.sample.tolist()
         self.fields = layout.fields
+        memory, self.rows = ring.take()
         self.tensors = layout.tensors(memory)
-        self.rows = layout.rows(memory.numpy())
-        self.keys = [""] * len(positions)
-        self.text: list[dict[str, Any]] = [{} for _ in positions]
-        self.damaged: dict[int, CorruptSampleError] = {}
+        self.found: list[Any] = [None] * len(positions)  # (key, text) or CorruptSampleError, once it is read
         self.failure: Exception | None = None
         self.num_unread = len(positions)
 
-    @property
+    @cached_property
+    def damaged(self) -> dict[int, CorruptSampleError]:
+        """What is wrong with which rows; for a batch that is filled."""
+        return {row: found for row, found in enumerate(self.found) if isinstance(found, CorruptSampleError)}
+
+    @cached_property
     def valid(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """bool [B]: rows that hold the sample of their place, and nothing that only fills up the batch."""
         valid = self.inside.copy()
@@ -44,14 +49,14 @@ class Filling:
 
     def batch(self) -> Batch:
         """The finished batch. Rows of damaged samples repeat a sound one, so that they are numbers like any other."""
-        sound = [row for row in range(len(self.keys)) if row not in self.damaged]
-        for row in self.damaged:
-            for tensor in self.tensors.values():
-                tensor[row] = tensor[sound[0]] if sound else 0
-            if sound:
-                self.keys[row], self.text[row] = self.keys[sound[0]], self.text[sound[0]]
-        valid, positions = torch.from_numpy(self.valid), torch.from_numpy(self.positions)
-        return Batch(self.keys, self.text, self.tensors, valid, positions)
+        if self.damaged:
+            sound = next((row for row in range(len(self.found)) if row not in self.damaged), None)
+            for row in self.damaged:
+                self.found[row] = ("", {}) if sound is None else self.found[sound]
+                for tensor in self.tensors.values():
+                    tensor[row] = 0 if sound is None else tensor[sound]
+        keys, text = ([each[place] for each in self.found] for place in (0, 1))
+        return Batch(keys, text, self.tensors, torch.from_numpy(self.valid), torch.from_numpy(self.positions))
 
 
 class ReadAhead:
@@ -106,10 +111,7 @@ class ReadAhead:
         for since, filling, rows in list(self._reading.values()):
             seconds = time.monotonic() - since
             if seconds > self._timeout_seconds:
-                sources, samples = filling.draws.source[rows], filling.draws.sample[rows]
-                places = [
-                    self._readers[source].place(sample) for source, sample in zip(sources.tolist(), samples.tolist())
-                ]
+                places = [self._readers[filling.sources[row]].place(filling.samples[row]) for row in rows]
                 raise TimeoutError(
                     f"Reading has taken {seconds:.0f} s, more than read_timeout_seconds, at {', '.join(places)}: the "
                     "storage does not answer. Look at the file system or network, or allow more time."
@@ -166,40 +168,43 @@ class ReadAhead:
         return None
 
     def _shared_out(self, filling: Filling) -> Iterator[tuple[Filling, range]]:
-        """The rows of a batch in shares for the threads, each from one source."""
-        size, sources = len(filling.keys), filling.draws.source
-        most = max(1, min(ROWS_AT_ONCE, size // len(self._threads)))
-        if self._widens(filling):
-            most = 1  # a sample still is in the processor's caches when it is widened
+        """The rows of a batch in shares for the threads, each from one source, neighbours together where that pays."""
+        size, sources, samples = len(filling.samples), filling.sources, filling.samples
+        most, longest = max(1, min(ROWS_AT_ONCE, size // len(self._threads))), size
+        if self._widens(filling):  # into memory of ROWS_AT_ONCE rows, from where a sample still is in the caches
+            most, longest = 1, ROWS_AT_ONCE
         start = 0
         for row in range(1, size + 1):
-            if row == size or row - start == most or sources[row] != sources[start]:
-                yield filling, range(start, row)
-                start = row
+            if row < size and sources[row] == sources[start]:
+                neighbours = min(longest, self._readers[sources[row]].neighbours)
+                limit = neighbours if samples[row] == samples[row - 1] + 1 else most
+                if row - start < limit:
+                    continue
+            yield filling, range(start, row)
+            start = row
 
     def _widens(self, filling: Filling) -> bool:
         return filling.fields != self._readers[0].fields
 
     def _row_filler(self) -> Callable[[Filling, range], None]:
-        """A function that reads rows of a batch; each thread has its own, with its own scratch memory."""
-        scratch_bytes = max(reader.scratch_bytes for reader in self._readers)
-        scratches = [memoryview(bytearray(scratch_bytes)) for _ in range(ROWS_AT_ONCE)]
+        """A function that reads rows of a batch; each thread has its own, with its own memory for margins."""
+
+        @functools.cache
+        def margins_for(source: int) -> list[Margins]:
+            reader = self._readers[source]
+            return [reader.margins() for _ in range(max(ROWS_AT_ONCE, reader.neighbours))]
+
         narrow = Layout(self._readers[0].fields, ROWS_AT_ONCE)
         memory = torch.from_numpy(np.empty(narrow.num_bytes, np.uint8))
         narrow_rows, narrow_tensors = narrow.rows(memory.numpy()), narrow.tensors(memory)
 
         def fill(filling: Filling, rows: range) -> None:
-            reader = self._readers[filling.draws.source[rows[0]]]
+            these, source = slice(rows.start, rows.stop), filling.sources[rows.start]
             widen = self._widens(filling)
-            targets = narrow_rows if widen else filling.rows[rows.start : rows.stop]
-            samples = filling.draws.sample[rows.start : rows.stop].tolist()
-            for row, result in zip(rows, reader.read(samples, targets, scratches)):
-                if isinstance(result, CorruptSampleError):
-                    filling.damaged[row] = result
-                else:
-                    filling.keys[row], filling.text[row] = result
+            targets = narrow_rows if widen else filling.rows[these]
+            filling.found[these] = self._readers[source].read(filling.samples[these], targets, margins_for(source))
             if widen:
                 for name, tensor in narrow_tensors.items():
-                    filling.tensors[name][rows.start : rows.stop].copy_(tensor[: len(rows)])
+                    filling.tensors[name][these].copy_(tensor[: len(rows)])
 
         return fill

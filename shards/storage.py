@@ -25,6 +25,7 @@ import xxhash
 from pydantic import ConfigDict, Field
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
+Range = tuple[int, Sequence[memoryview | np.ndarray]]  # from which byte on, and what is to be filled from there
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class StorageConfig:
     concurrency: Annotated[
         int, Field(ge=1, description="remote reads in flight at once, at most; as many run as raise the throughput")
     ] = 48
+    request_bytes: Annotated[
+        int, Field(ge=1, description="samples that stand side by side are one remote read up to this size, bytes")
+    ] = 16 << 20
     part_bytes: Annotated[
         int, Field(ge=5 << 20, description="part of a multipart upload, bytes; an object has at most 10,000")
     ] = 16 << 20
@@ -100,6 +104,8 @@ class Store(ABC):
     """Printable: never holds credentials."""
     concurrency: int
     """Reads that may run at once, enough to hide the place's latency."""
+    request_bytes: int
+    """How much of what stands side by side is best read at once; 0 where a read costs no more than its bytes."""
 
     def __init__(self, url: str, options: StorageConfig) -> None:
         self.url = url
@@ -126,6 +132,11 @@ class Store(ABC):
 
         Buffers are writable and contiguous, of any item type. Raises EOFError when the object ends before the last is
         full, FileNotFoundError when it is absent."""
+
+    def read_ranges(self, name: str, ranges: Sequence[Range]) -> None:
+        """As `read_range` for each of the ranges, which follow one another; those that touch are one read."""
+        for offset, buffers in joined(ranges) if len(ranges) > 1 else ranges:
+            self.read_range(name, offset, buffers)
 
     def forget(self, name: str) -> None:  # noqa: B027 (most places keep none)
         """Drop copies of an object that are kept nearer than the place itself, because they gave wrong bytes."""
@@ -218,6 +229,19 @@ def check_writable(store: Store) -> None:
 _PROBE = "writable"
 
 
+def joined(ranges: Sequence[Range]) -> Iterator[Range]:
+    """The same bytes in as few ranges as possible; `ranges` follow one another."""
+    start, buffers = ranges[0][0], list(ranges[0][1])
+    end = start + sum(buffer.nbytes for buffer in buffers)
+    for offset, more in ranges[1:]:
+        if offset != end:
+            yield start, buffers
+            start, buffers, end = offset, [], offset
+        buffers += more
+        end += sum(buffer.nbytes for buffer in more)
+    yield start, buffers
+
+
 @functools.lru_cache(maxsize=4096)
 def check_name(name: str) -> str:
     """The name, when it stays below its store; names come from manifests, which are not trusted."""
@@ -241,6 +265,7 @@ class LocalStore(Store):
     `durable` nothing is synced, and a power cut may leave objects of the right name and size with other bytes."""
 
     concurrency = 2
+    request_bytes = 0
 
     def __init__(self, url: str, options: StorageConfig, durable: bool = True) -> None:
         super().__init__(url, options)
@@ -258,9 +283,10 @@ class LocalStore(Store):
 
     def read_range(self, name: str, offset: int, buffers: Sequence[memoryview | np.ndarray]) -> None:
         file = self._open(self._path(name))
-        views = [view for view in map(as_bytes, buffers) if view.nbytes]
-        wanted, got = sum(view.nbytes for view in views), 0
-        while views:
+        wanted = sum([buffer.nbytes for buffer in buffers])
+        got = os.preadv(file.descriptor, buffers[:_MAX_VECTOR], offset)  # type: ignore[arg-type]  # arrays are buffers
+        while got < wanted:
+            views = _after([*map(as_bytes, buffers)], got)
             count = os.preadv(file.descriptor, views[:_MAX_VECTOR], offset + got)
             if count == 0:
                 raise EOFError(
@@ -268,7 +294,6 @@ class LocalStore(Store):
                     f"got {got}. The file is shorter than its index says: run `shards verify` and make it again."
                 )
             got += count
-            views = _after(views, count)
 
     def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
         chunk = memoryview(bytearray(chunk_bytes))

@@ -32,6 +32,7 @@ MAX_NPY_HEADER_BYTES = 4096
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,48}")
 _FIELD = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _JSON_NAME = re.compile(rb"([A-Za-z0-9_-]{1,48})\.json\0")
+_JSON = json.JSONDecoder()  # for UTF-8 alone, unlike json.loads
 _NPY_HEADER = re.compile(
     r"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}\s*"
 )
@@ -100,38 +101,46 @@ def frame(key: str, text_size: int, fields: Sequence[Field]) -> list[bytes]:
 
     Tar headers, npy headers and padding, for a JSON of `text_size` bytes. Raises ValueError for a key that is not one.
     """
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"Key {key!r}: use letters, digits, _ and -, without dots, at most 48.")
-    if text_size > MAX_TEXT_BYTES:
-        raise ValueError(f"The JSON of sample {key} has {text_size} bytes; at most {MAX_TEXT_BYTES} are allowed.")
-    pieces = [_tar_header(f"{key}.json", text_size)]
-    padding = bytes(-text_size % BLOCK)
-    for suffix, size, npy in _members_of(tuple(fields)):
-        pieces.append(padding + _tar_header(key + suffix, size) + npy)
-        padding = bytes(-size % BLOCK)
-    return [*pieces, padding]
+    return framer(tuple(fields))(key, text_size)
 
 
 @lru_cache(maxsize=16)
-def _members_of(fields: tuple[Field, ...]) -> list[tuple[str, int, bytes]]:
-    """Of each field's member: what its name adds to the key, its size, and its npy header."""
+def framer(fields: tuple[Field, ...]) -> Callable[[str, int], list[bytes]]:
+    """`frame` for the samples of one data set."""
     headers = [npy_header(field.stored, field.shape) for field in fields]
-    return [(f".{field.name}.npy", len(npy) + field.num_bytes, npy) for field, npy in zip(fields, headers)]
+    members = [(f".{field.name}.npy", len(npy) + field.num_bytes, npy) for field, npy in zip(fields, headers)]
+
+    def pieces(key: str, text_size: int) -> list[bytes]:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"Key {key!r}: use letters, digits, _ and -, without dots, at most 48.")
+        if text_size > MAX_TEXT_BYTES:
+            raise ValueError(f"The JSON of sample {key} has {text_size} bytes; at most {MAX_TEXT_BYTES} are allowed.")
+        name = key.encode()
+        key_sum, padding = sum(name), bytes(-text_size % BLOCK)
+        found = [_tar_header(name, key_sum, ".json", text_size)]
+        for suffix, size, npy in members:
+            found.append(padding + _tar_header(name, key_sum, suffix, size) + npy)
+            padding = bytes(-size % BLOCK)
+        return [*found, padding]
+
+    return pieces
 
 
-def _tar_header(name: str, size: int) -> bytes:
+def _tar_header(key: bytes, key_sum: int, suffix: str, size: int) -> bytes:
     """A plain ustar header (POSIX.1-1988): mode 0644, owner 0, time 0; its checksum counts its own field as spaces."""
+    before, after, checksum = _header_without_key(len(key), suffix, size)
+    return b"%b%b%06o\0 %b" % (key, before, checksum + key_sum, after)
+
+
+@lru_cache(maxsize=4096)
+def _header_without_key(key_bytes: int, suffix: str, size: int) -> tuple[bytes, bytes, int]:
+    """What stands in a header between the key and the checksum, what after it, and what both add to it."""
     if size >= 8**11:
-        raise ValueError(f"{name} has {size} bytes; a tar member holds less than 8 GiB.")
-    path, digits = name.encode(), b"%011o" % size
-    checksum = _CONSTANT_SUM + sum(path) + sum(digits)
-    return b"%b%b%b%b%06o\0 %b" % (path.ljust(100, b"\0"), _MODE_OWNER, digits, _TIME, checksum, _TYPE_TO_END)
-
-
-_MODE_OWNER = b"0000644\0" + b"0000000\0" * 2
-_TIME = b"\0" + b"00000000000\0"
-_TYPE_TO_END = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + b"0000000\0" * 2 + bytes(167)
-_CONSTANT_SUM = sum(_MODE_OWNER) + sum(_TIME) + sum(_TYPE_TO_END) + 8 * ord(" ")
+        raise ValueError(f"*{suffix} has {size} bytes; a tar member holds less than 8 GiB.")
+    name = suffix.encode().ljust(100 - key_bytes, b"\0")
+    before = b"%b0000644\0%b%011o\0%011o\0" % (name, b"0000000\0" * 2, size, 0)
+    after = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + b"0000000\0" * 2 + bytes(167)
+    return before, after, sum(before) + sum(after) + 8 * ord(" ")
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
@@ -172,7 +181,7 @@ def parse_head(data: Bytes) -> tuple[str, int]:
 def parse_text(data: Bytes) -> dict[str, Any]:
     """A sample's JSON as a dict; anything else is a ValueError."""
     try:
-        text = json.loads(bytes(data))
+        text = _JSON.decode(bytes(data).decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the JSON is broken: {error}") from None
     if not isinstance(text, dict):

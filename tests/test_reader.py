@@ -34,8 +34,8 @@ def read(reader: SampleReader, samples: list[int]):
     """Key, text and arrays of each sample, or the error."""
     memory = [[bytearray(b"\xff" * field.num_bytes) for field in reader.fields] for _ in samples]
     rows = [[memoryview(data) for data in own] for own in memory]
-    scratches = [memoryview(bytearray(b"\xff" * reader.scratch_bytes)) for _ in samples]
-    for result, own in zip(reader.read(samples, rows, scratches), memory):
+    margins = [reader.margins() for _ in samples]
+    for result, own in zip(reader.read(samples, rows, margins), memory):
         arrays = {f.name: np.frombuffer(data, f.stored).reshape(f.shape) for f, data in zip(reader.fields, own)}
         yield result if isinstance(result, CorruptSampleError) else (*result, arrays)
 
@@ -84,7 +84,7 @@ def test_every_flipped_byte_is_found(tmp_path, checksums):
     """With checksums: any byte of the sample. Without: any byte that is not JSON or tensor."""
     manifest = make_data_set(tmp_path, 3, samples_per_shard=3)
     reader = SampleReader(manifest, open_store(tmp_path), checksums=checksums)
-    offset, size, _ = reader._index(0)[1].tolist()
+    offset, size, _ = reader._index(0)[1][1].tolist()
     path = tmp_path / "shard-000000.tar"
     whole = path.read_bytes()
     payload = {
@@ -111,7 +111,7 @@ def test_samples_that_changed_places_are_found_by_their_checksums(tmp_path):
     reader = SampleReader(manifest, open_store(tmp_path))
     path = tmp_path / "shard-000000.tar"
     whole = bytearray(path.read_bytes())
-    first, second = (slice(offset, offset + size) for offset, size, _ in reader._index(0)[:2].tolist())
+    first, second = (slice(offset, offset + size) for offset, size, _ in reader._index(0)[1][:2].tolist())
     whole[first], whole[second] = whole[second], whole[first]
     path.write_bytes(whole)
     *swapped, untouched = read(reader, [0, 1, 2])

@@ -146,9 +146,9 @@ class Damaged:
         """The rows of the damaged shard that the reader refuses; the others are the ones that were written."""
         reader = SampleReader(load_manifest(self.store), self.store)
         rows = [[memoryview(bytearray(field.num_bytes)) for field in reader.fields] for _ in range(ROWS)]
-        scratches = [memoryview(bytearray(reader.scratch_bytes)) for _ in range(ROWS)]
+        margins = [reader.margins() for _ in range(ROWS)]
         refused = {}
-        for row, found in enumerate(reader.read(range(ROWS, 2 * ROWS), rows, scratches)):
+        for row, found in enumerate(reader.read(range(ROWS, 2 * ROWS), rows, margins)):
             if isinstance(found, CorruptSampleError):
                 refused[row] = str(found)
                 continue

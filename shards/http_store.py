@@ -12,6 +12,7 @@ import random
 import re
 import socket
 import ssl
+import struct
 import threading
 import time
 import urllib.request
@@ -25,7 +26,18 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import numpy as np
 
-from shards.storage import Buffer, NoRangeError, Sink, StorageConfig, Store, TransferError, as_bytes, check_name
+from shards.storage import (
+    MAX_VECTOR,
+    Buffer,
+    NoRangeError,
+    Sink,
+    StorageConfig,
+    Store,
+    TransferError,
+    as_bytes,
+    check_name,
+    unfilled,
+)
 
 
 class RemoteStore(Store):
@@ -47,58 +59,57 @@ class RemoteStore(Store):
         that comes first. `anew` asks for fresh credentials. Raises Failure, and EOFError when `offset` lies beyond."""
 
     def read(self, name: str) -> bytes:
-        chunks = self._transfer(
-            name, 0, None, itertools.repeat(memoryview(bytearray(1 << 16))), Version(), expected=False
-        )
-        return b"".join(map(bytes, chunks))
+        pieces = itertools.repeat([memoryview(bytearray(1 << 16))])
+        return b"".join(map(bytes, self._transfer(name, 0, None, pieces, Version(), expected=False)))
 
     def read_range(self, name: str, offset: int, buffers: Sequence[memoryview | np.ndarray]) -> None:
         views = [view for view in map(as_bytes, buffers) if view.nbytes]
         end = offset + sum(view.nbytes for view in views)
         version = self._versions.setdefault(name, Version())
-        for _ in self._transfer(name, offset, end, iter(views), version):
+        for _ in self._transfer(name, offset, end, iter([views]), version):
             pass
-        self._parallelism.finished(sum(view.nbytes for view in views))
+        self._parallelism.finished(end - offset)
 
     def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
-        return self._transfer(name, offset, None, itertools.repeat(memoryview(bytearray(chunk_bytes))), Version())
+        return self._transfer(name, offset, None, itertools.repeat([memoryview(bytearray(chunk_bytes))]), Version())
 
     def _transfer(
         self,
         name: str,
         offset: int,
         end: int | None,
-        views: Iterator[memoryview],
+        pieces: Iterator[list[memoryview]],
         version: "Version",
         expected: bool = True,
     ) -> Iterator[memoryview]:
-        """Fill each view in turn with the bytes from `offset` to `end`, and yield it when it is full.
+        """Fill the views of each piece in turn with the bytes from `offset` to `end`; yield its first when it is full.
 
-        With `end` None the last view may be yielded in part. `version` holds, or is given, what every piece must have
-        been read from. An object that is `expected` is looked for more than once."""
+        With `end` None the last may be yielded in part. `version` holds, or is given, what every piece must have been
+        read from. An object that is `expected` is looked for more than once."""
         what = f"{self.url}/{check_name(name)}"
         patience = _Patience(what, self.options)
-        start, view, filled = offset, next(views, memoryview(b"")), 0
-        while view:
+        start, piece = offset, next(pieces)
+        left: Sequence[memoryview] = piece
+        while left:
             body = None
             try:
                 body = self.open_body(name, offset, end, anew=patience.refused)
                 version.check(body, what)
-                while count := body.read_into(view[filled:]):
+                while count := body.read_into(left):
                     patience.progress(count)
-                    offset, filled = offset + count, filled + count
-                    if filled == view.nbytes:
-                        yield view
-                        view, filled = next(views, memoryview(b"")), 0
-                        if not view:
+                    offset, left = offset + count, unfilled(left, count)
+                    if not left:
+                        yield piece[0]
+                        left = piece = next(pieces, [])
+                        if not left:
                             break
-                if view and end is not None:
+                if left and end is not None:
                     raise EOFError(
                         f"{what} ends at byte {offset}; wanted {end - start} bytes from {start}, got {offset - start}. "
                         "The object is shorter than its index says: run `shards verify` and make it again."
                     )
-                if filled:
-                    yield view[:filled]
+                if left and left[0].nbytes < piece[0].nbytes:
+                    yield piece[0][: piece[0].nbytes - left[0].nbytes]
                 return
             except Failure as failure:
                 patience.wait(offset, failure, 1 if failure.error is FileNotFoundError and not expected else None)
@@ -113,8 +124,9 @@ class Body(Protocol):
     tag: str | None  # the server's name for this version of the object
     size: int | None  # of the whole object
 
-    def read_into(self, view: memoryview) -> int:
-        """Fill a part of the view, at least one byte; 0 at the end of what was asked for. Raises Failure."""
+    def read_into(self, views: Sequence[memoryview]) -> int:
+        """Fill the views from their beginning on, at least one byte; 0 at the end of what was asked for. Raises
+        Failure."""
 
     def close(self) -> None: ...
 
@@ -184,15 +196,19 @@ class _Patience:
 
 class _Parallelism:
     """Finds how many reads at once a place rewards: many where each waits long or comes slowly, few where not, since
-    threads that wait for one another cost CPU. From time to time it tries a half more, or a third fewer."""
+    threads that wait for one another cost CPU. It tries a half more, or a third fewer, goes on while that is right,
+    and otherwise turns round and looks again after ever longer pauses."""
 
-    WINDOW_SECONDS = 0.25
+    WINDOW_SECONDS = 0.2
+    MOST_PAUSES = 16
 
     def __init__(self, most: int) -> None:
         self._most = most
         self.reads = self._kept = min(most, 8)
         self._rate = 0.0  # bytes/s of `_kept` at once
-        self._bytes = self._count = self._windows = 0
+        self._is_rising = True
+        self._pauses = self._paused = 0
+        self._bytes = self._count = 0
         self._since = time.monotonic()
         self._lock = threading.Lock()
 
@@ -206,17 +222,20 @@ class _Parallelism:
                 self._since, self._bytes, self._count = time.monotonic(), 0, 0
 
     def _adapt(self, rate: float) -> None:
-        """Keep more reads if they brought a tenth more bytes, fewer if they brought as many; then try again."""
-        tried, before = self.reads, self._kept
-        if tried != before and rate < self._rate * (1.1 if tried > before else 0.95):
-            self.reads = before
+        """Keep more reads if they brought a tenth more bytes, fewer if they brought about as many."""
+        if self.reads == self._kept:
+            self._rate = rate
+        elif rate > self._rate * (1.1 if self._is_rising else 0.97):
+            self._kept, self._rate, self._pauses = self.reads, max(rate, self._rate), 0
+        else:
+            self.reads, self._is_rising = self._kept, not self._is_rising
+            self._pauses, self._paused = min(self._pauses + 1, self.MOST_PAUSES), 0
+        if self._paused < self._pauses:
+            self._paused += 1
             return
-        self._kept, self._rate = tried, rate
-        self._windows += 1
-        if tried > before or self._windows % 8 == 1:
-            self.reads = min(self._most, tried + (tried + 1) // 2)
-        elif self._windows % 8 == 5:
-            self.reads = max(2, tried * 2 // 3)
+        more, fewer = min(self._most, self._kept + (self._kept + 1) // 2), max(2, self._kept * 2 // 3)
+        self._is_rising = fewer == self._kept or (self._is_rising and more > self._kept)
+        self.reads = more if self._is_rising else fewer
 
 
 class HttpStore(RemoteStore):
@@ -236,7 +255,7 @@ class HttpStore(RemoteStore):
     def size(self, name: str) -> int | None:
         version = Version()
         try:
-            for _ in self._transfer(name, 0, 1, iter([memoryview(bytearray(1))]), version, expected=False):
+            for _ in self._transfer(name, 0, 1, iter([[memoryview(bytearray(1))]]), version, expected=False):
                 pass
         except FileNotFoundError:
             return None
@@ -357,7 +376,13 @@ def _connect(target: SplitResult, proxy: str | None, options: StorageConfig) -> 
     else:
         maker = http.client.HTTPConnection(via.hostname or "", via.port, timeout=options.stall_seconds)
     maker.connect()
-    return maker.sock
+    connection = maker.sock
+    if target.scheme != "https":  # the kernel watches the time, so that one call can fill much memory
+        connection.settimeout(None)
+        seconds = struct.pack("ll", int(options.stall_seconds), int(options.stall_seconds % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            connection.setsockopt(socket.SOL_SOCKET, option, seconds)
+    return connection
 
 
 @functools.cache
@@ -380,7 +405,10 @@ class _Head:
         self.connection, self._client, self._origin = connection, client, origin
         data, end, deadline = b"", -1, time.monotonic() + stall_seconds
         while end < 0:
-            piece = connection.recv(16384)
+            try:
+                piece = connection.recv(16384)
+            except BlockingIOError:
+                raise TimeoutError("no answer came within stall_seconds") from None
             data += piece
             end = data.find(b"\r\n\r\n")
             if not piece or len(data) > 1 << 17 or time.monotonic() > deadline:
@@ -449,22 +477,22 @@ class HttpBody:
             head.release(reuse=False)
             raise
 
-    def read_into(self, view: memoryview) -> int:
+    def read_into(self, views: Sequence[memoryview]) -> int:
         while self._skip:
-            self._skip -= self._receive(memoryview(bytearray(min(self._skip, _PROGRESS_BYTES))))
+            self._skip -= self._receive([memoryview(bytearray(min(self._skip, _PROGRESS_BYTES)))])
         if not self._remaining:
             return 0
-        count = self._receive(view[: self._remaining])
+        count = self._receive(_first_bytes(views, self._remaining))
         self._remaining -= count
         return count
 
-    def _receive(self, view: memoryview) -> int:
+    def _receive(self, views: Sequence[memoryview]) -> int:
         if self._rest:
-            count = min(len(self._rest), len(view))
-            view[:count], self._rest = self._rest[:count], self._rest[count:]
+            count = min(len(self._rest), len(views[0]))
+            views[0][:count], self._rest = self._rest[:count], self._rest[count:]
             return count
         try:
-            count = self._head.connection.recv_into(view)
+            count = _receive(self._head.connection, views)
         except OSError as error:
             raise Failure(f"{type(error).__name__}: {error}") from None
         if not count:
@@ -480,6 +508,26 @@ class HttpBody:
     def close(self) -> None:
         """Give the connection back if all was read from it, close it otherwise."""
         self._head.release(reuse=self._reusable and not self._remaining and not self._skip)
+
+
+def _receive(connection: socket.socket, views: Sequence[memoryview]) -> int:
+    """Bytes that were put into the views, 0 at the end of the connection. Without TLS all are waited for in one call,
+    until the connection's time is over; fewer calls leave more of the processor to others."""
+    if isinstance(connection, ssl.SSLSocket):
+        return connection.recv_into(views[0])
+    try:
+        return connection.recvmsg_into(views[:MAX_VECTOR], 0, socket.MSG_WAITALL)[0]
+    except BlockingIOError:
+        raise TimeoutError("no byte came within stall_seconds") from None
+
+
+def _first_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    found = []
+    for view in views:
+        if count > 0:
+            found.append(view[:count])
+            count -= view.nbytes
+    return found
 
 
 def _length(head: _Head) -> int:

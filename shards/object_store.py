@@ -238,7 +238,8 @@ class _ClientBody:
         self._chunks: Iterator[Any] = iter(result.stream(min_chunk_size=1 << 18))
         self._rest = memoryview(b"")
 
-    def read_into(self, view: memoryview) -> int:
+    def read_into(self, views: Sequence[memoryview]) -> int:
+        view = views[0]
         try:
             while not self._rest:
                 self._rest = memoryview(next(self._chunks))

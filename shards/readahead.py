@@ -1,6 +1,5 @@
 """Threads that fill batches row by row, a bounded number of batches ahead of their consumer."""
 
-import functools
 import threading
 import time
 from collections import deque
@@ -188,21 +187,18 @@ class ReadAhead:
 
     def _row_filler(self) -> Callable[[Filling, range], None]:
         """A function that reads rows of a batch; each thread has its own, with its own memory for margins."""
-
-        @functools.cache
-        def margins_for(source: int) -> list[Margins]:
-            reader = self._readers[source]
-            return [reader.margins() for _ in range(max(ROWS_AT_ONCE, reader.neighbours))]
-
+        margins: dict[int, list[Margins]] = {}  # for each source, as many as were needed at once
         narrow = Layout(self._readers[0].fields, ROWS_AT_ONCE)
         memory = torch.from_numpy(np.empty(narrow.num_bytes, np.uint8))
         narrow_rows, narrow_tensors = narrow.rows(memory.numpy()), narrow.tensors(memory)
 
         def fill(filling: Filling, rows: range) -> None:
             these, source = slice(rows.start, rows.stop), filling.sources[rows.start]
+            reader, own = self._readers[source], margins.setdefault(source, [])
+            own += (reader.margins() for _ in range(len(own), len(rows)))
             widen = self._widens(filling)
             targets = narrow_rows if widen else filling.rows[these]
-            filling.found[these] = self._readers[source].read(filling.samples[these], targets, margins_for(source))
+            filling.found[these] = reader.read(filling.samples[these], targets, own)
             if widen:
                 for name, tensor in narrow_tensors.items():
                     filling.tensors[name][these].copy_(tensor[: len(rows)])

@@ -35,11 +35,11 @@ def select(fields: Sequence[Field], names: Sequence[str] | None) -> tuple[Field,
     return tuple(fields if names is None else (by_name[name] for name in names))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Margins:
     """Memory for what surrounds one sample's tensors."""
 
-    head: memoryview  # the JSON and the headers around it
+    head: memoryview  # the JSON and the headers around it; replaced by a larger one when that is needed
     after: list[memoryview]  # the other headers and padding, and small fields that nobody wants
 
 
@@ -102,7 +102,7 @@ class SampleReader:
     def margins(self) -> Margins:
         """What `read` needs beside the rows of one sample."""
         return Margins(
-            memoryview(bytearray(BLOCK + MAX_TEXT_BYTES + BLOCK + self._header_bytes)),
+            memoryview(bytearray(2 * BLOCK + self._header_bytes)),
             [memoryview(bytearray(num_bytes)) for _, num_bytes in self._margins],
         )
 
@@ -187,7 +187,11 @@ class SampleReader:
         shard, row = self.manifest.locate(sample)
         name, index = self._index(shard)
         offset, size, checksum = index[row].tolist()
-        if not BLOCK + self._header_bytes <= size - self._rest_bytes <= BLOCK + MAX_TEXT_BYTES + BLOCK:
+        if (
+            not BLOCK + self._header_bytes
+            <= size - self._rest_bytes
+            <= BLOCK + MAX_TEXT_BYTES + BLOCK + self._header_bytes
+        ):
             raise ValueError(f"its {size} bytes in the index do not fit its fields")
         return _Place(name, offset, size, checksum)
 
@@ -196,6 +200,8 @@ class SampleReader:
     ) -> Iterator[tuple[int, list[memoryview]]]:
         """What to read: byte offsets in the tar, and the buffers that the bytes from there on go to."""
         head_bytes = place.size - self._rest_bytes
+        if head_bytes > len(margins.head):
+            margins.head = memoryview(bytearray(2 * head_bytes))
         for start, parts in self._runs:
             buffers = [rows[index] if is_row else margins.after[index] for is_row, index in parts]
             if start == 0:

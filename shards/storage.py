@@ -25,6 +25,7 @@ import xxhash
 from pydantic import ConfigDict, Field
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
+MAX_VECTOR = 1024  # buffers that one preadv or recvmsg takes (IOV_MAX)
 Range = tuple[int, Sequence[memoryview | np.ndarray]]  # from which byte on, and what is to be filled from there
 
 
@@ -258,6 +259,15 @@ def as_bytes(buffer: Buffer) -> memoryview:
     return memoryview(buffer).cast("B")
 
 
+def unfilled(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of the views when their first `count` bytes are done."""
+    for index, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[index + 1 :]]
+        count -= view.nbytes
+    return []
+
+
 class LocalStore(Store):
     """A folder of a local or shared file system.
 
@@ -284,10 +294,10 @@ class LocalStore(Store):
     def read_range(self, name: str, offset: int, buffers: Sequence[memoryview | np.ndarray]) -> None:
         file = self._open(self._path(name))
         wanted = sum([buffer.nbytes for buffer in buffers])
-        got = os.preadv(file.descriptor, buffers[:_MAX_VECTOR], offset)  # type: ignore[arg-type]  # arrays are buffers
+        got = os.preadv(file.descriptor, buffers[:MAX_VECTOR], offset)  # type: ignore[arg-type]  # arrays are buffers
         while got < wanted:
-            views = _after([*map(as_bytes, buffers)], got)
-            count = os.preadv(file.descriptor, views[:_MAX_VECTOR], offset + got)
+            views = unfilled([*map(as_bytes, buffers)], got)
+            count = os.preadv(file.descriptor, views[:MAX_VECTOR], offset + got)
             if count == 0:
                 raise EOFError(
                     f"{self._path(name)} ends at byte {offset + got}; wanted {wanted} bytes from {offset}, "
@@ -417,7 +427,6 @@ class LocalStore(Store):
             os.close(descriptor)
 
 
-_MAX_VECTOR = 1024  # buffers that one preadv or writev takes (IOV_MAX)
 _TEMPORARY = re.compile(r"\.tmp-(?P<name>.+)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
 
 
@@ -447,7 +456,7 @@ class _FileSink:
         views = [view for view in map(as_bytes, buffers) if view.nbytes]
         with self._errors_named():
             while views:
-                views = _after(views, os.writev(self._descriptor, views[:_MAX_VECTOR]))
+                views = unfilled(views, os.writev(self._descriptor, views[:MAX_VECTOR]))
 
     def __enter__(self) -> "_FileSink":
         return self
@@ -466,15 +475,6 @@ class _FileSink:
             yield
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; nothing was written", self._path) from None
-
-
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the views when `count` bytes are done."""
-    for index, view in enumerate(views):
-        if count < view.nbytes:
-            return [view[count:], *views[index + 1 :]]
-        count -= view.nbytes
-    return []
 
 
 def _no_sync(descriptor: int) -> None:

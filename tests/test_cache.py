@@ -45,6 +45,19 @@ def read(store: Store, name: str, offset: int, size: int) -> bytes:
     return b"".join(map(bytes, buffers))
 
 
+def test_ranges_that_were_read_at_once_are_found_one_by_one(source: CountedStore) -> None:
+    content = source.read("1.tar")
+    store = cached(source, DIGEST)
+    assert read(store, "1.tar", 4000, 1000) == content[4000:5000]
+    rows = [np.zeros(1000, np.uint8) for _ in range(9)]
+    store.read_ranges("1.tar", [(1000 * index, [row]) for index, row in enumerate(rows)])
+    assert b"".join(map(bytes, rows)) == content[:9000]
+    assert source.asked == [("1.tar", 4000), ("1.tar", 0), ("1.tar", 5000)]  # what was kept lies between two reads
+    for index in range(9):
+        assert read(store, "1.tar", 1000 * index, 1000) == content[1000 * index : 1000 * (index + 1)]
+    assert len(source.asked) == 3
+
+
 def kept(tmp_path: Path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
 

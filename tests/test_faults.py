@@ -57,7 +57,8 @@ def test_random_faults_of_every_kind(
     with LossyProxy(int(upstream.rpartition(":")[2]), seed=11) as proxy:
         if kind == "s3":
             options = replace(options, endpoint=proxy.url)
-        loader = ShardLoader(f"{proxy.url}/{place}" if kind == "http" else f"s3://{BUCKET}/{place}", storage=options)
+        url = f"{proxy.url}/{place}" if kind == "http" else f"s3://{BUCKET}/{place}"
+        loader = ShardLoader(url, storage=options, block_samples=5)  # some alone, some with their neighbours
         proxy.rate = 0.3
         while proxy.counts.total() < NUM_FAULTS * longer:
             epoch, seen = loader.epoch, list[int]()

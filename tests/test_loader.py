@@ -96,6 +96,20 @@ def test_nothing_depends_on_threads_or_prefetch(root):
     assert orders[0] == orders[1] == orders[2]
 
 
+@pytest.mark.parametrize("float32", [False, True])
+def test_nothing_depends_on_how_many_neighbours_are_one_read(root, monkeypatch, float32):
+    def content() -> list[tuple[list[str], list[np.ndarray]]]:
+        loader = ShardLoader(root, batch_size=13, block_samples=6, num_threads=3, drop_last=False, float32=float32)
+        return [(batch.keys, [tensor.numpy().copy() for tensor in batch.arrays.values()]) for batch in loader]
+
+    alone = content()
+    for request_bytes in (9000, 1 << 20):
+        monkeypatch.setattr(LocalStore, "request_bytes", request_bytes)
+        for (keys, arrays), (same_keys, same_arrays) in zip(alone, content(), strict=True):
+            assert keys == same_keys
+            assert all(map(np.array_equal, arrays, same_arrays))
+
+
 def test_epochs_follow_one_another_and_set_epoch_chooses(root):
     loader = ShardLoader(root, batch_size=10)
     epochs = [keys_of(loader) for _ in range(3)]

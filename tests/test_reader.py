@@ -1,6 +1,9 @@
 """What the reader hands out is what was written, or an error with shard and row; skipped bytes are not read."""
 
+import itertools
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from shard_data import SHAPES, make_data_set, make_sample
 from shards import tar
 from shards.manifest import load_manifest
 from shards.reader import CorruptSampleError, SampleReader
-from shards.storage import open_store
+from shards.storage import LocalStore, StorageConfig, open_store
 
 LARGE = {"a": (1, 200, 200), "b": (2, 200, 200), "small": (5,), "c": (300, 200), "d": (90000,)}
 
@@ -72,6 +75,52 @@ def test_any_choice_of_fields_reads_what_it_needs_and_nothing_large_besides(larg
     needed = sum(2 * int(np.prod(LARGE[name])) for name in chosen)
     assert sum(size for _, size in spans) <= 2 * (needed + 2 * 5 + (len(LARGE) + 2) * 1700)
     assert reader.checksums == (len(set(chosen) | {"small"}) == len(LARGE))
+
+
+class Remote(LocalStore):
+    """A folder read like a distant place, where neighbours are best read at once; notes the bytes of each read."""
+
+    def __init__(self, folder: Path, request_bytes: int) -> None:
+        super().__init__(str(folder), StorageConfig())
+        self.request_bytes = request_bytes
+        self.reads: list[int] = []
+
+    def read_range(self, name: str, offset: int, buffers: Sequence[memoryview | np.ndarray]) -> None:
+        if name.endswith(".tar"):
+            self.reads.append(sum(buffer.nbytes for buffer in buffers))
+        super().read_range(name, offset, buffers)
+
+
+@given(st.lists(st.integers(0, 29), min_size=1, max_size=40), st.sampled_from([0, 6000, 9000, 1 << 20]))
+@settings(max_examples=100, deadline=None)
+def test_neighbours_are_one_read_up_to_a_size_and_the_same_as_by_themselves(root, samples, request_bytes):
+    store = Remote(root, request_bytes)
+    reader = SampleReader(load_manifest(root), store)
+    for sample, (key, text, arrays) in zip(samples, read(reader, samples)):
+        written = make_sample(sample)
+        assert (key, text) == (written.key, written.text)
+        for name, array in written.arrays.items():
+            np.testing.assert_array_equal(arrays[name], array)
+    joints = sum(after == before + 1 and after % 10 > 0 for before, after in itertools.pairwise(samples))
+    assert len(store.reads) >= len(samples) - joints
+    if request_bytes == 1 << 20:
+        assert len(store.reads) == len(samples) - joints
+    assert max(store.reads) <= max(request_bytes, max(reader._index(shard)[1][:, 1].max() for shard in range(3)))
+
+
+def test_a_damaged_neighbour_spoils_no_other(tmp_path):
+    manifest = make_data_set(tmp_path, 10, first=650)  # with long texts
+    offset, size, _ = SampleReader(manifest, open_store(tmp_path))._index(0)[1][4].tolist()
+    path = tmp_path / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[offset + size - 600] ^= 1
+    path.write_bytes(data)
+    found = list(read(SampleReader(manifest, Remote(tmp_path, 1 << 20)), list(range(10))))
+    assert [isinstance(each, CorruptSampleError) for each in found] == [row == 4 for row in range(10)]
+    for row, (key, text, arrays) in enumerate(each for each in found if not isinstance(each, CorruptSampleError)):
+        sample = make_sample(650 + row + (row >= 4))
+        assert (key, text) == (sample.key, sample.text)
+        np.testing.assert_array_equal(arrays["condition"], sample.arrays["condition"])
 
 
 def test_a_field_that_is_not_there_is_named(root):

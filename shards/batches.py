@@ -74,7 +74,7 @@ class Layout:
 
 
 class BufferRing:
-    """Pieces of memory of one size, lent out as tensors and taken back when those are gone.
+    """Pieces of memory of one size, lent out as the tensors of a batch and taken back when those are gone.
 
     Fresh memory is several times slower to fill than memory used before, so batches go round in a few pieces. When
     none is free a new one is made: a consumer that keeps its batches, such as list(loader), pays their memory and
@@ -86,9 +86,8 @@ class BufferRing:
         self._pinned = pinned
         self._free: deque[tuple[_Piece, torch.cuda.Event | None]] = deque(maxlen=num_kept)
 
-    def take(self) -> tuple[torch.Tensor, Rows]:
-        """uint8 [layout.num_bytes], which comes back by itself when the last tensor that views it is gone, and its
-        rows, to be filled as long as it lives."""
+    def take(self) -> tuple[dict[str, torch.Tensor], Rows]:
+        """The tensors of a batch and their rows, to be filled. The memory comes back when the last tensor is gone."""
         try:
             piece, last_use = self._free.popleft()
         except IndexError:
@@ -96,10 +95,10 @@ class BufferRing:
             piece, last_use = _Piece(memory, self._layout.rows(memory)), None
         if last_use is not None:
             last_use.synchronize()
-        view = piece.memory[:]  # an object of its own, which the tensor keeps alive
+        view = piece.memory[:]  # an object of its own, which the tensors keep alive (views of it in numpy would not)
         # The garbage collector calls this from whatever thread and line it interrupts: it may take no lock.
         weakref.finalize(view, self._give_back, piece).atexit = False
-        return torch.from_numpy(view), piece.rows
+        return self._layout.tensors(torch.from_numpy(view)), piece.rows
 
     def _fresh(self) -> NDArray[np.uint8]:
         if self._pinned:

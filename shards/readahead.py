@@ -14,7 +14,7 @@ from shards.batches import Batch, BufferRing, Layout
 from shards.order import Draws, Integers
 from shards.reader import CorruptSampleError, Margins, SampleReader
 
-ROWS_AT_ONCE = 4  # that one thread takes, if there are enough for all
+ROWS_AT_ONCE = 8  # that one thread takes, if there are enough for all
 
 
 class Filling:
@@ -28,8 +28,7 @@ class Filling:
         self.sources: list[int] = draws.source.tolist()
         self.samples: list[int] = draws.sample.tolist()
         self.fields = layout.fields
-        memory, self.rows = ring.take()
-        self.tensors = layout.tensors(memory)
+        self.tensors, self.rows = ring.take()
         self.found: list[Any] = [None] * len(positions)  # (key, text) or CorruptSampleError, once it is read
         self.failure: Exception | None = None
         self.num_unread = len(positions)
@@ -169,15 +168,13 @@ class ReadAhead:
     def _shared_out(self, filling: Filling) -> Iterator[tuple[Filling, range]]:
         """The rows of a batch in shares for the threads, each from one source, neighbours together where that pays."""
         size, sources, samples = len(filling.samples), filling.sources, filling.samples
-        most, longest = max(1, min(ROWS_AT_ONCE, size // len(self._threads))), size
-        if self._widens(filling):  # into memory of ROWS_AT_ONCE rows, from where a sample still is in the caches
-            most, longest = 1, ROWS_AT_ONCE
+        scattered = max(1, min(ROWS_AT_ONCE, size // len(self._threads)))
         start = 0
         for row in range(1, size + 1):
             if row < size and sources[row] == sources[start]:
-                neighbours = min(longest, self._readers[sources[row]].neighbours)
-                limit = neighbours if samples[row] == samples[row - 1] + 1 else most
-                if row - start < limit:
+                is_neighbour = samples[row] == samples[row - 1] + 1
+                neighbours = self._readers[sources[row]].neighbours if is_neighbour else 1
+                if row - start < max(scattered, neighbours):
                     continue
             yield filling, range(start, row)
             start = row
@@ -193,14 +190,18 @@ class ReadAhead:
         narrow_rows, narrow_tensors = narrow.rows(memory.numpy()), narrow.tensors(memory)
 
         def fill(filling: Filling, rows: range) -> None:
-            these, source = slice(rows.start, rows.stop), filling.sources[rows.start]
+            source = filling.sources[rows.start]
             reader, own = self._readers[source], margins.setdefault(source, [])
             own += (reader.margins() for _ in range(len(own), len(rows)))
             widen = self._widens(filling)
-            targets = narrow_rows if widen else filling.rows[these]
-            filling.found[these] = reader.read(filling.samples[these], targets, own)
-            if widen:
-                for name, tensor in narrow_tensors.items():
-                    filling.tensors[name][these].copy_(tensor[: len(rows)])
+            # One sample at a time still is in the processor's caches when it is widened.
+            at_once = min(reader.neighbours, ROWS_AT_ONCE) if widen else len(rows)
+            for start in range(rows.start, rows.stop, at_once):
+                these = slice(start, min(start + at_once, rows.stop))
+                targets = narrow_rows if widen else filling.rows[these]
+                filling.found[these] = reader.read(filling.samples[these], targets, own)
+                if widen:
+                    for name, tensor in narrow_tensors.items():
+                        filling.tensors[name][these].copy_(tensor[: these.stop - these.start])
 
         return fill

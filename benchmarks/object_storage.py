@@ -41,6 +41,8 @@ SHAPE = (1, 501, 1025)  # 5 s at 32 kHz: two of these as float16 are 2.05 MB
 BATCH_SIZE = 16
 PASSES = 4  # over the samples in each measurement
 LATENCY_SECONDS = 0.03
+BLOCK_SAMPLES = 8  # as in configs/train
+OURS = f"ours, blocks of {BLOCK_SAMPLES}"
 
 
 def make_samples(num_samples: int) -> Iterator[Sample]:
@@ -54,10 +56,11 @@ def make_samples(num_samples: int) -> Iterator[Sample]:
 Epoch = Callable[[], int]  # reads everything PASSES times and returns the number of samples
 
 
-def ours(url: str, storage: dict[str, Any]) -> Epoch:
+def ours(url: str, storage: dict[str, Any], **options: Any) -> Epoch:
     from shards.loader import ShardLoader
 
-    loader = ShardLoader(url, batch_size=BATCH_SIZE, drop_last=False, repeat=PASSES, storage=StorageConfig(**storage))
+    options |= {"batch_size": BATCH_SIZE, "drop_last": False, "repeat": PASSES}
+    loader = ShardLoader(url, storage=StorageConfig(**storage), **options)
     return lambda: sum(int(batch.valid.sum()) for batch in loader)
 
 
@@ -99,6 +102,31 @@ def boto3_stream(endpoint: str, keys: list[str], num_samples: int) -> Epoch:
     return epoch
 
 
+def bare_http(urls: list[str], num_samples: int) -> Epoch:
+    """What the server and the network give: two threads read whole objects into small buffers, and nothing more."""
+    import http.client
+    import threading
+    from urllib.parse import urlsplit
+
+    def work(own: list[str]) -> None:
+        connection, view = http.client.HTTPConnection(urlsplit(own[0]).netloc), bytearray(1 << 20)
+        for url in own * PASSES:
+            connection.request("GET", url.split(urlsplit(url).netloc, 1)[1])
+            response = connection.getresponse()
+            while response.readinto(view):
+                pass
+
+    def epoch() -> int:
+        threads = [threading.Thread(target=work, args=(urls[part::2],)) for part in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return num_samples * PASSES
+
+    return epoch
+
+
 def _import_streaming() -> Any:
     """MosaicML Streaming, with a stand-in for torchvision, which only its picture data sets use."""
     import transformers.utils  # noqa: F401  # looks for the real one first
@@ -124,7 +152,9 @@ def write_mds(folder: str, num_samples: int) -> None:
             writer.write({"key": sample.key, "text": sample.text, "mixture": mixture, "segment": segment})
 
 
-READERS: dict[str, Callable[..., Epoch]] = {each.__name__: each for each in (ours, webdataset, mosaicml, boto3_stream)}
+READERS: dict[str, Callable[..., Epoch]] = {
+    each.__name__: each for each in (ours, webdataset, mosaicml, boto3_stream, bare_http)
+}
 
 
 def cpu_seconds() -> float:
@@ -253,17 +283,37 @@ def the_cases(web: HttpServer, s3: S3Server, root: str, num_samples: int, stack:
     tars = [name for name, _ in open_store(root).list("shard") if name.endswith(".tar")]
     client = boto3.client("s3", endpoint_url=s3.endpoint, region_name="us-east-1")
     signed = [client.generate_presigned_url("get_object", {"Bucket": BUCKET, "Key": f"set/{name}"}) for name in tars]
+    storage: dict[str, Any] = {"endpoint": s3.endpoint}
     bucket, keys = f"s3://{BUCKET}/set", [f"set/{name}" for name in tars]
     cases: Cases = {
-        ("http", "ours"): ("ours", {"url": f"{web.url}/set", "storage": {}}),
+        ("http", OURS): ("ours", {"url": f"{web.url}/set", "storage": {}, "block_samples": BLOCK_SAMPLES}),
+        ("http", "ours, single samples"): ("ours", {"url": f"{web.url}/set", "storage": {}}),
+        ("http", f"{OURS}, no checksums"): (
+            "ours",
+            {"url": f"{web.url}/set", "storage": {}, "block_samples": BLOCK_SAMPLES, "checksums": False},
+        ),
         ("http", "webdataset, pipe:curl"): (
             "webdataset",
             {"urls": [f"pipe:curl -s {web.url}/set/{name}" for name in tars]},
         ),
-        ("s3", "ours"): ("ours", {"url": bucket, "storage": {"endpoint": s3.endpoint}}),
-        ("s3", "ours, signed_urls: false"): (
+        ("http", "http.client, bare streams"): (
+            "bare_http",
+            {"urls": [f"{web.url}/set/{name}" for name in tars], "num_samples": num_samples},
+        ),
+        ("s3", "http.client, bare streams (presigned)"): ("bare_http", {"urls": signed, "num_samples": num_samples}),
+        ("s3", OURS): ("ours", {"url": bucket, "storage": storage, "block_samples": BLOCK_SAMPLES}),
+        ("s3", "ours, single samples"): ("ours", {"url": bucket, "storage": storage}),
+        ("s3", f"{OURS}, no checksums"): (
             "ours",
-            {"url": bucket, "storage": {"endpoint": s3.endpoint, "signed_urls": False}},
+            {"url": bucket, "storage": storage, "block_samples": BLOCK_SAMPLES, "checksums": False},
+        ),
+        ("s3", "ours, shards in sequence, requests of 64 MiB"): (
+            "ours",
+            {"url": bucket, "storage": storage | {"request_bytes": 1 << 26}, "shuffle": False},
+        ),
+        ("s3", "ours, single samples, signed_urls: false"): (
+            "ours",
+            {"url": bucket, "storage": storage | {"signed_urls": False}},
         ),
         ("s3", "boto3, bare stream"): (
             "boto3_stream",
@@ -285,7 +335,7 @@ def the_cases(web: HttpServer, s3: S3Server, root: str, num_samples: int, stack:
     if subprocess.run(["aws", "--version"], capture_output=True, check=False).returncode:
         del cases["s3", "webdataset, pipe:aws s3 cp"]
     for seconds in (0.0, LATENCY_SECONDS):
-        label = f"ours, through a proxy, {seconds * 1000:.0f} ms late"
+        label = f"ours, single samples, through a proxy, {seconds * 1000:.0f} ms late"
         http_proxy = stack.enter_context(latency_proxy(web.url, seconds))
         s3_proxy = stack.enter_context(latency_proxy(s3.endpoint, seconds))
         cases["http", label] = ("ours", {"url": f"{http_proxy}/set", "storage": {}})
@@ -317,8 +367,8 @@ def describe(
         f"`python -m benchmarks.object_storage` on {platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}: {num_samples} samples of 2.05 MB in shards of 32, batches of {BATCH_SIZE}, no "
         "worker processes; servers on the same cores. Medians of rounds in turn, each of the second "
-        f"{PASSES} passes in its process; CPU is the client's, children included. Ours reads in shuffled order and "
-        "checks all checksums.",
+        f"{PASSES} passes in its process; CPU is the client's, children included. Ours reads in shuffled order, "
+        "singly or in blocks of neighbours, and checks all checksums.",
         "",
         "| from | reader | samples/s | MB/s | CPU s/GB |",
         "|---|---|---:|---:|---:|",
@@ -335,7 +385,7 @@ def describe(
 
 def floors(results: dict[tuple[str, str], tuple[float, float]]) -> Iterator[tuple[str, str, str]]:
     """What was promised: name, bound, and the ratio that was measured."""
-    http, s3 = results["http", "ours"], results["s3", "ours"]
+    http, s3 = results["http", OURS], results["s3", OURS]
     curl = results["http", "webdataset, pipe:curl"]
     yield "http: samples/s against webdataset pipe:curl", ">= 5", f"{http[0] / curl[0]:.1f}"
     yield "http: CPU per GB against webdataset pipe:curl", "<= 0.2", f"{http[1] / curl[1]:.2f}"
@@ -350,7 +400,7 @@ def floors(results: dict[tuple[str, str], tuple[float, float]]) -> Iterator[tupl
         f"{s3[1] / results['s3', 'boto3, bare stream'][1]:.2f}",
     )
     for server in ("http", "s3"):
-        late, prompt = (results[server, f"ours, through a proxy, {ms} ms late"][0] for ms in (30, 0))
+        late, prompt = (results[server, f"ours, single samples, through a proxy, {ms} ms late"][0] for ms in (30, 0))
         yield f"{server}: throughput with 30 ms of latency against none", ">= 0.7", f"{late / prompt:.2f}"
 
 

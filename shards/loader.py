@@ -81,6 +81,21 @@ class LoaderStats:
     """Damaged samples whose rows were left invalid."""
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come in one of its data sets, all ranks and epochs together."""
+
+    url: str
+    num_samples: int
+    """Samples of the data set."""
+    served: int
+    """Places of the order, so far, that were this data set's."""
+
+    @property
+    def passes(self) -> float:
+        return self.served / self.num_samples
+
+
 class ShardLoader:
     """An iterable of the batches of one rank.
 
@@ -174,6 +189,12 @@ class ShardLoader:
         self.epoch, self._samples = state["epoch"], state["samples"]
         self._resuming = True
 
+    def progress(self) -> list[Progress]:
+        """For each data set of the mixture, how far it has been gone through at the place that `state_dict` gives."""
+        counts = self._order().counts(self._first_place(self.epoch) + self._samples)
+        manifests = [reader.manifest for reader in self._readers]
+        return [Progress(each.url, each.num_samples, served) for each, served in zip(manifests, counts)]
+
     def __iter__(self) -> Iterator[Batch]:
         if not self._resuming:
             self._samples = 0
@@ -214,15 +235,7 @@ class ShardLoader:
 
     def _empty_batches(self, epoch: int, start: int, num_batches: int) -> Iterator[Filling]:
         """The batches of this rank from place `start` of the epoch on, each with what stands at its places."""
-        sources = [(reader.manifest.digest, reader.manifest.num_samples) for reader in self._readers]
-        order = StreamOrder(
-            sources,
-            self._weights,
-            seed=self._seed,
-            block_samples=self._block_samples,
-            shuffle=self.config.shuffle,
-        )
-        first_place = epoch * self.num_samples if self.config.shuffle else 0
+        order, first_place = self._order(), self._first_place(epoch)
         size = self.config.batch_size
         at_once = max(1, LOOKUP_SAMPLES // size)
         for step in range(0, num_batches, at_once):
@@ -231,6 +244,20 @@ class ShardLoader:
             draws = order[first_place + np.minimum(positions, self.num_samples - 1)]
             for row, places in enumerate(positions):
                 yield Filling(places, self.num_samples, draws[row], self._layout, self._ring)
+
+    def _order(self) -> StreamOrder:
+        sources = [(reader.manifest.digest, reader.manifest.num_samples) for reader in self._readers]
+        return StreamOrder(
+            sources,
+            self._weights,
+            seed=self._seed,
+            block_samples=self._block_samples,
+            shuffle=self.config.shuffle,
+        )
+
+    def _first_place(self, epoch: int) -> int:
+        """Where in the stream an epoch begins: behind the one before, or without shuffling again at the beginning."""
+        return epoch * self.num_samples if self.config.shuffle else 0
 
     def _account(self, filled: Filling) -> None:
         """Count what is about to be served and put it on record; raise for damage that is not to be skipped."""

@@ -163,6 +163,12 @@ class StreamOrder:
                 sample[chosen] = order[position[chosen]]
         return Draws(source, cycle, sample)
 
+    def counts(self, place: int) -> list[int]:
+        """How many of the places before this one were each data set's."""
+        period, slots = divmod(place, MIXING_PERIOD)
+        source, _ = self._interleave(period * MIXING_PERIOD + np.arange(slots))
+        return (period * self._shares + np.bincount(source, minlength=len(self._sources))).tolist()
+
     def _interleave(self, places: Integers) -> tuple[Integers, Integers]:
         """Whose place it is, and how many that data set had before."""
         if len(self._sources) == 1:

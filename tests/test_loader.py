@@ -170,13 +170,19 @@ def test_mixtures_keep_weights_passes_and_places_over_a_restart(root, tmp_path):
     first = ShardLoader(weights, batch_size=10, world_size=2, repeat=13, max_samples=1000)
     for _ in zip(range(17), first):
         pass
+    of_root, other = first.progress()
+    served = Counter(int(key) >= 1000 for key in whole[:340])
+    assert (of_root.url, of_root.served, other.served) == (str(root), served[False], served[True])
+    assert other.passes == served[True] / 20
     rest = [
         ShardLoader(weights, batch_size=33, rank=rank, world_size=2, repeat=13, max_samples=1000) for rank in range(2)
     ]
     resumed = []
     for loader in rest:
         loader.load_state_dict(first.state_dict())
+        assert loader.progress() == [of_root, other]
         resumed.append(list(loader))
+    assert sum(each.served for each in loader.progress()) == 1000
     order = [key for pair in zip(*resumed) for batch in pair for key in batch.keys]
     assert order == whole[340:][: len(order)]
     order = StreamOrder([("a", 61), ("b", 20)], [3, 1], seed=0)

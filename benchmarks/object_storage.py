@@ -41,6 +41,7 @@ SHAPE = (1, 501, 1025)  # 5 s at 32 kHz: two of these as float16 are 2.05 MB
 BATCH_SIZE = 16
 PASSES = 4  # over the samples in each measurement
 LATENCY_SECONDS = 0.03
+WARM_SECONDS, MEASURED_SECONDS = 3.0, 2.0  # at least, and whole passes
 BLOCK_SAMPLES = 8  # as in configs/train
 OURS = f"ours, blocks of {BLOCK_SAMPLES}"
 
@@ -164,14 +165,15 @@ def cpu_seconds() -> float:
 
 
 def run_here(name: str, arguments: dict[str, Any]) -> None:
-    """Read twice, and print what the second time took, when connections are open and all memory is in use already."""
+    """Read for a while, until connections are open and memory is in use, then print samples, seconds, CPU seconds."""
     if name == "write_mds":
         write_mds(**arguments)
         return
     epoch = READERS[name](**arguments)
-    epoch()
-    started, cpu = time.perf_counter(), cpu_seconds()
-    num_samples = epoch()
+    for least_seconds in (WARM_SECONDS, MEASURED_SECONDS):
+        num_samples, started, cpu = 0, time.perf_counter(), cpu_seconds()
+        while time.perf_counter() < started + least_seconds:
+            num_samples += epoch()
     print(json.dumps([num_samples, time.perf_counter() - started, cpu_seconds() - cpu]))
 
 
@@ -335,21 +337,22 @@ def the_cases(web: HttpServer, s3: S3Server, root: str, num_samples: int, stack:
     if subprocess.run(["aws", "--version"], capture_output=True, check=False).returncode:
         del cases["s3", "webdataset, pipe:aws s3 cp"]
     for seconds in (0.0, LATENCY_SECONDS):
-        label = f"ours, single samples, through a proxy, {seconds * 1000:.0f} ms late"
+        label = f"{OURS}, through a proxy, {seconds * 1000:.0f} ms late"
         http_proxy = stack.enter_context(latency_proxy(web.url, seconds))
         s3_proxy = stack.enter_context(latency_proxy(s3.endpoint, seconds))
-        cases["http", label] = ("ours", {"url": f"{http_proxy}/set", "storage": {}})
-        cases["s3", label] = ("ours", {"url": bucket, "storage": {"endpoint": s3_proxy}})
+        blocks = {"block_samples": BLOCK_SAMPLES}
+        cases["http", label] = ("ours", {"url": f"{http_proxy}/set", "storage": {}, **blocks})
+        cases["s3", label] = ("ours", {"url": bucket, "storage": {"endpoint": s3_proxy}, **blocks})
     return cases
 
 
 def measure(cases: Cases, rounds: int, peers: str) -> dict[tuple[str, str], tuple[float, float]]:
-    """Median samples/s and CPU seconds for each reader, all of them once in each round."""
+    """Median samples/s and CPU seconds for each sample, of each reader; all of them once in each round."""
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case, (name, arguments) in cases.items():
             num_samples, seconds, cpu = json.loads(run(name, arguments, peers))
-            runs[case].append((num_samples / seconds, cpu / PASSES))
+            runs[case].append((num_samples / seconds, cpu / num_samples))
             print(f"{case[0]:5} {case[1]:45} {num_samples / seconds:8.0f} samples/s", flush=True)
     return {
         case: (statistics.median(r for r, _ in each), statistics.median(c for _, c in each))
@@ -360,21 +363,22 @@ def measure(cases: Cases, rounds: int, peers: str) -> dict[tuple[str, str], tupl
 def describe(
     results: dict[tuple[str, str], tuple[float, float]], missing: list[str], num_samples: int, root: str
 ) -> str:
-    gigabytes = num_samples * 2 * 2 * float(np.prod(SHAPE)) / 1e9
+    gigabytes = 2 * 2 * float(np.prod(SHAPE)) / 1e9  # of one sample
     lines = [
         "# Reading from object storage",
         "",
         f"`python -m benchmarks.object_storage` on {platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}: {num_samples} samples of 2.05 MB in shards of 32, batches of {BATCH_SIZE}, no "
-        "worker processes; servers on the same cores. Medians of rounds in turn, each of the second "
-        f"{PASSES} passes in its process; CPU is the client's, children included. Ours reads in shuffled order, "
+        "worker processes; servers on the same cores. Medians of rounds in turn, each of at least "
+        f"{MEASURED_SECONDS:.0f} s after at least {WARM_SECONDS:.0f} s in a process of its own; CPU is the client's, "
+        "children included. Ours reads in shuffled order, "
         "singly or in blocks of neighbours, and checks all checksums.",
         "",
         "| from | reader | samples/s | MB/s | CPU s/GB |",
         "|---|---|---:|---:|---:|",
     ]
     for (server, reader), (rate, cpu) in sorted(results.items(), key=lambda item: item[0][0]):
-        speed = rate * gigabytes / num_samples * 1000
+        speed = rate * gigabytes * 1000
         lines.append(f"| {server} | {reader} | {rate:.0f} | {speed:.0f} | {cpu / gigabytes:.2f} |")
     lines += ["", "| floor | wanted | measured |", "|---|---:|---:|"]
     lines += [f"| {what} | {wanted} | {found} |" for what, wanted, found in floors(results)]
@@ -400,7 +404,7 @@ def floors(results: dict[tuple[str, str], tuple[float, float]]) -> Iterator[tupl
         f"{s3[1] / results['s3', 'boto3, bare stream'][1]:.2f}",
     )
     for server in ("http", "s3"):
-        late, prompt = (results[server, f"ours, single samples, through a proxy, {ms} ms late"][0] for ms in (30, 0))
+        late, prompt = (results[server, f"{OURS}, through a proxy, {ms} ms late"][0] for ms in (30, 0))
         yield f"{server}: throughput with 30 ms of latency against none", ">= 0.7", f"{late / prompt:.2f}"
 
 

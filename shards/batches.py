@@ -89,7 +89,7 @@ class BufferRing:
     def take(self) -> tuple[dict[str, torch.Tensor], Rows]:
         """The tensors of a batch and their rows, to be filled. The memory comes back when the last tensor is gone."""
         try:
-            piece, last_use = self._free.popleft()
+            piece, last_use = self._free.pop()
         except IndexError:
             memory = self._fresh()
             piece, last_use = _Piece(memory, self._layout.rows(memory)), None

@@ -196,7 +196,7 @@ class _Patience:
 
 class _Parallelism:
     """Finds how many reads at once a place rewards: many where each waits long or comes slowly, few where not, since
-    threads that wait for one another cost CPU. It tries a half more, or a third fewer, goes on while that is right,
+    threads that wait for one another cost CPU. It tries twice as many, or a third fewer, goes on while that is right,
     and otherwise turns round and looks again after ever longer pauses."""
 
     WINDOW_SECONDS = 0.2
@@ -207,7 +207,7 @@ class _Parallelism:
         self.reads = self._kept = min(most, 8)
         self._rate = 0.0  # bytes/s of `_kept` at once
         self._is_rising = True
-        self._pauses = self._paused = 0
+        self._pauses, self._paused = 2, 0  # at first connections and memory are new
         self._bytes = self._count = 0
         self._since = time.monotonic()
         self._lock = threading.Lock()
@@ -233,7 +233,7 @@ class _Parallelism:
         if self._paused < self._pauses:
             self._paused += 1
             return
-        more, fewer = min(self._most, self._kept + (self._kept + 1) // 2), max(2, self._kept * 2 // 3)
+        more, fewer = min(self._most, 2 * self._kept), max(2, self._kept * 2 // 3)
         self._is_rising = fewer == self._kept or (self._is_rising and more > self._kept)
         self.reads = more if self._is_rising else fewer
 

@@ -53,8 +53,13 @@ class LoaderConfig:
         None
     )
     prefetch_bytes: Annotated[
-        int, Key(gt=0, description="memory of the batches read ahead of the consumer, bytes; at least one is")
-    ] = 256 << 20
+        int | None,
+        Key(
+            gt=0,
+            description="memory of the batches read ahead of the consumer, bytes; at least one is; by default 256 MiB "
+            "from disks, 512 MiB from buckets and http",
+        ),
+    ] = None
     checksums: Annotated[bool, Key(description="compare the checksum of every sample that is read whole")] = True
     on_corrupt: Annotated[
         Literal["fail", "skip"], Key(description="what a damaged sample does: raise, or leave its row invalid")
@@ -137,7 +142,9 @@ class ShardLoader:
             )
         self.num_threads = self.config.num_threads or max(reader.store.concurrency for reader in self._readers)
         self._layout = Layout(_served_fields(self._readers, self.config.float32), self.config.batch_size)
-        self._prefetch = max(1, self.config.prefetch_bytes // self._layout.num_bytes)
+        is_remote = any(reader.store.request_bytes for reader in self._readers)
+        prefetch_bytes = self.config.prefetch_bytes or (512 << 20 if is_remote else 256 << 20)
+        self._prefetch = max(1, prefetch_bytes // self._layout.num_bytes)
         pinned = torch.cuda.is_available() if self.config.pin_memory == "auto" else self.config.pin_memory
         self._ring = BufferRing(self._layout, self._prefetch + 2, pinned)
         self._ledger = Ledger(ledger, rank) if ledger is not None else None

@@ -49,7 +49,7 @@ class StorageConfig:
     ] = None
     concurrency: Annotated[
         int, Field(ge=1, description="remote reads in flight at once, at most; as many run as raise the throughput")
-    ] = 48
+    ] = 96
     request_bytes: Annotated[
         int, Field(ge=1, description="samples that stand side by side are one remote read up to this size, bytes")
     ] = 16 << 20

@@ -1,6 +1,7 @@
 """`audiosep train`: shards into a model. The same command, given again, goes on from the last checkpoint.
 
-Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, with a checkpoint to go on from."""
+Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, or by a storage that stopped answering,
+with a checkpoint to go on from."""
 
 import logging
 import math
@@ -32,7 +33,7 @@ from audiosep.datamodule import DataConfig, ShardDataModule
 from audiosep.pictures import spectrogram_figure
 from audiosep.samples import Batch
 from audiosep.system import SeparationSystem, SystemConfig
-from shards.storage import StorageConfig, Store, check_writable, open_object
+from shards.storage import StorageConfig, Store, TransferError, check_writable, open_object
 
 DONE, STOPPED = 0, 75
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -135,7 +136,14 @@ def train(config: TrainConfig) -> int:
     prepare(store)
     keeper = LastCheckpoint(last, config.trainer.checkpoint_steps, config.trainer.max_hours)
     trainer = make_trainer(config, data, keeper)
-    trainer.fit(system, data, ckpt_path=last if begun else None, weights_only=True)
+    first_step = checkpoint["global_step"] if begun else 0
+    try:
+        trainer.fit(system, data, ckpt_path=last if begun else None, weights_only=True)
+    except TransferError as error:
+        if trainer.global_step == first_step:  # it never worked: a mistake in the config, not an outage
+            raise
+        print(f"audiosep train: {error} The same command goes on from the last checkpoint.", file=sys.stderr)
+        return STOPPED
     return STOPPED if keeper.stopped else DONE
 
 

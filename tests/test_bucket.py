@@ -24,7 +24,7 @@ from training_data import config_of, make_shards, settings
 
 from audiosep import cli
 from audiosep.checkpoints import read_checkpoint
-from audiosep.train import train
+from audiosep.train import STOPPED, train
 from shards import cli as shards_cli
 from shards.loader import ShardLoader
 from shards.storage import StorageConfig, Store, open_store
@@ -127,7 +127,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_training_goes_on_in_the_bucket_after_a_kill_and_through_a_restart_of_the_server(
+def test_training_goes_on_in_the_bucket_after_a_kill_an_outage_and_through_a_restart_of_the_server(
     server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bucket, data = f"s3://{BUCKET}/killed-training", tmp_path / "data"
@@ -148,8 +148,8 @@ def test_training_goes_on_in_the_bucket_after_a_kill_and_through_a_restart_of_th
     command = [sys.executable, "-m", "audiosep.cli", "train", "--config", str(tmp_path / "train.yaml")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, cwd=here, env=environment)
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, *words], cwd=here, env=environment)
 
     def wait_for_batches(number: int, process: subprocess.Popen[bytes]) -> None:
         ledger = here / "ledger/rank-00000.jsonl"
@@ -161,13 +161,20 @@ def test_training_goes_on_in_the_bucket_after_a_kill_and_through_a_restart_of_th
     wait_for_batches(40, killed)
     killed.kill()
     killed.wait()
+    impatient = start("--data.storage.retry_seconds", "1")
+    wait_for_batches(60, impatient)
+    server.kill()
+    assert impatient.wait(60) == STOPPED
+    server.start()
     process = start()
     wait_for_batches(80, process)
     server.kill()
     time.sleep(1)
     server.start()
     assert process.wait(120) == 0
-    assert "Going on from s3://" in capfd.readouterr().err
+    messages = capfd.readouterr().err
+    assert messages.count("Going on from s3://") == 2
+    assert "The same command goes on from the last checkpoint" in messages
 
     assert shards_cli.main(["audit", str(here / "ledger")]) == 0
     audit = capfd.readouterr().out

@@ -52,6 +52,13 @@ class _Place(NamedTuple):
     checksum: int
 
 
+class _Run(NamedTuple):
+    """Parts of a sample that are read without a gap; the first run has the sample's head before them."""
+
+    start: int  # behind the head, bytes
+    parts: list[tuple[bool, int]]  # (True, row) or (False, margin) that the bytes go to
+
+
 class SampleReader:
     """Reads the samples of one sealed data set by number. Safe to use from several threads at once."""
 
@@ -71,9 +78,7 @@ class SampleReader:
         _, self._header_bytes, *after = (len(piece) for piece in self._frame("key", 0))
         rows = {field.name: row for row, field in enumerate(self.fields)}
         wanted = [field.name in rows or field.num_bytes <= READ_THROUGH_BYTES for field in manifest.fields]
-        self._runs: list[tuple[int, list[tuple[bool, int]]]] = [
-            (0, [])
-        ]  # where behind the head: (is a row, which), ...
+        self._runs = [_Run(0, [])]
         self._margins: list[tuple[int | None, int]] = []  # for `Margins.after`: piece of the frame (None: field), bytes
         self._rest_bytes = 0
         is_skipping = False
@@ -82,11 +87,11 @@ class SampleReader:
             parts = [(wanted[index], None, field.num_bytes), (around, index + 2, after[index])]
             for is_read, piece, num_bytes in parts:
                 if is_read and is_skipping:
-                    self._runs.append((self._rest_bytes, []))
+                    self._runs.append(_Run(self._rest_bytes, []))
                 if is_read and piece is None and field.name in rows:
-                    self._runs[-1][1].append((True, rows[field.name]))
+                    self._runs[-1].parts.append((True, rows[field.name]))
                 elif is_read:
-                    self._runs[-1][1].append((False, len(self._margins)))
+                    self._runs[-1].parts.append((False, len(self._margins)))
                     self._margins.append((piece, num_bytes))
                 is_skipping = not is_read
                 self._rest_bytes += num_bytes

@@ -139,8 +139,8 @@ class Store(ABC):
         for offset, buffers in joined(ranges) if len(ranges) > 1 else ranges:
             self.read_range(name, offset, buffers)
 
-    def forget(self, name: str) -> None:  # noqa: B027 (most places keep none)
-        """Drop copies of an object that are kept nearer than the place itself, because they gave wrong bytes."""
+    def forget(self, name: str) -> None:  # noqa: B027 (most places keep nothing)
+        """Drop what is kept of an object nearer than the place itself, because it gave wrong bytes."""
 
     @abstractmethod
     def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
@@ -305,6 +305,10 @@ class LocalStore(Store):
                 )
             got += count
 
+    def forget(self, name: str) -> None:
+        with self._lock:
+            self._files.pop(self._path(name), None)
+
     def stream(self, name: str, offset: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
         chunk = memoryview(bytearray(chunk_bytes))
         with open(self._path(name), "rb", buffering=0) as file:
@@ -396,13 +400,13 @@ class LocalStore(Store):
             Path(temporary).unlink(missing_ok=True)
 
     def _open(self, path: str) -> "_OpenFile":
-        """The descriptor of the file that has this path now, kept from an earlier read if it is still that file."""
-        status = os.stat(path)
+        """The descriptor of the file that has this path now, kept from an earlier read unless that one is gone."""
         with self._lock:
             file = self._files.get(path)
-            if file and file.identity == _identity(status):
+            if file:
                 self._files.move_to_end(path)
-                return file
+        if file and os.fstat(file.descriptor).st_nlink:
+            return file
         file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         with self._lock:
             self._files[path] = file
@@ -435,14 +439,9 @@ class _OpenFile:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self.identity = _identity(os.fstat(descriptor))
 
     def __del__(self) -> None:
         os.close(self.descriptor)
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _FileSink:

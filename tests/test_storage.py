@@ -184,6 +184,17 @@ def test_a_replaced_file_is_read_anew_and_descriptors_stay_few(tmp_path: Path) -
         assert len(os.listdir("/proc/self/fd")) <= before + 4
 
 
+def test_a_replaced_file_that_lives_on_under_another_name_is_let_go_when_it_is_forgotten(tmp_path: Path) -> None:
+    store, row = LocalStore(str(tmp_path), StorageConfig()), np.empty(3, np.uint8)
+    store.write("a", b"old")
+    store.read_range("a", 0, [row])
+    os.link(tmp_path / "a", tmp_path / "backup")
+    store.write("a", b"new")
+    store.forget("a")
+    store.read_range("a", 0, [row])
+    assert row.tobytes() == b"new"
+
+
 def test_threads_read_right_bytes_while_files_are_replaced_and_descriptors_evicted(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path), StorageConfig(max_open_files=2))
     for index in range(8):

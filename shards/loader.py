@@ -70,7 +70,7 @@ class LoaderConfig:
         bool | Literal["auto"], Key(description="page-locked batches for fast copies to a GPU; auto: if there is one")
     ] = "auto"
     read_timeout_seconds: Annotated[
-        float, Key(gt=0, description="a single sample's read that takes longer raises instead of hanging, seconds")
+        float, Key(gt=0, description="a read of a few samples that takes longer raises instead of hanging, seconds")
     ] = 300.0
 
 

@@ -72,7 +72,7 @@ class ReadAhead:
         timeout_seconds: float,
     ) -> None:
         """`num_busy`: how many of the threads should read at once, just now. `num_ahead`: batches begun and not yet
-        taken, at most. `timeout_seconds`: for one read of a sample."""
+        taken, at most. `timeout_seconds`: for one share of a batch, a few samples."""
         self._readers = readers
         self._empty = empty
         self._num_busy = num_busy

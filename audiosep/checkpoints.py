@@ -18,7 +18,8 @@ from torch import Tensor
 
 from audiosep.resunet import ResUNet30
 from audiosep.stft import hann_window
-from shards.storage import StorageConfig, open_object
+from shards.storage import open_object
+from shards.store import StorageConfig
 
 MODEL_PREFIX = "ss_model."
 

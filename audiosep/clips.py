@@ -13,7 +13,8 @@ import soxr
 from pydantic import Field
 
 from audiosep.catalogue import Clip
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 
 RESAMPLING_MARGIN = 1024  # samples at the lower rate on each side of a crop: longer than half the filter
 

@@ -13,7 +13,8 @@ from audiosep.samples import CONDITION, Batch, decode
 from audiosep.system import AudioFormat
 from shards.loader import LoaderConfig, ShardLoader
 from shards.manifest import Manifest, load_manifest
-from shards.storage import StorageConfig, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from audiosep.samples import Encoder, Rendered
 from audiosep.stft import Precision, Representation, StftConfig
 from shards.manifest import SPEC, Plan, bind, read_plan, survey
 from shards.record import Record, examine
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.tar import Sample, canonical_json
 from shards.writer import write_shard
 

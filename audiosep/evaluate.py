@@ -27,7 +27,8 @@ from audiosep.stft import istft
 from audiosep.system import AudioFormat, SeparationSystem, load_system, scores
 from shards.loader import LoaderConfig, ShardLoader
 from shards.manifest import load_manifest
-from shards.storage import StorageConfig, check_writable, open_store
+from shards.storage import check_writable, open_store
+from shards.store import StorageConfig
 
 METRICS = {"sdr": "SDR", "sdri": "SDRi", "si_sdr": "SI-SDR", "si_sdri": "SI-SDRi"}
 

@@ -19,7 +19,8 @@ from audiosep.recipes import Recipe, Source
 from audiosep.samples import CONDITION, Encoder, Rendered
 from audiosep.stft import StftConfig
 from shards.manifest import Manifest, load_manifest
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.tar import Sample
 from shards.verify import read_sample
 

@@ -15,7 +15,8 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from audiosep.config import build_config
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.tar import Member, members
 
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "opus", "mp3", "aiff")

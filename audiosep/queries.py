@@ -19,7 +19,8 @@ import soxr
 import xxhash
 from pydantic import Field
 
-from shards.storage import StorageConfig, open_object
+from shards.storage import open_object
+from shards.store import StorageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,7 +27,8 @@ from audiosep.stft import istft
 from shards.loader import ShardLoader
 from shards.manifest import Manifest, load_manifest
 from shards.record import read_record
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 
 SILENT_DB = -60.0  # below the loudest frame, a frame counts as silence
 MAX_RECORDS = 1000  # records looked through for examples of rejected clips

@@ -18,7 +18,8 @@ from audiosep.config import command_parser, load_config
 from audiosep.queries import Encoder, QueryConfig, make_encoder
 from audiosep.stft import stft
 from audiosep.system import SeparationSystem, load_system
-from shards.storage import StorageConfig, open_object
+from shards.storage import open_object
+from shards.store import StorageConfig
 
 FADE_FLOOR = 1e-3  # least weight of a segment's sample, so that the recording's first and last one have some
 

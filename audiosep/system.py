@@ -23,7 +23,7 @@ from audiosep.queries import QueryConfig, make_encoder
 from audiosep.resunet import ResUNet30, ResUNetConfig
 from audiosep.samples import Batch
 from audiosep.stft import istft
-from shards.storage import StorageConfig
+from shards.store import StorageConfig
 
 
 @dataclass(frozen=True)

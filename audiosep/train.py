@@ -33,7 +33,8 @@ from audiosep.datamodule import DataConfig, ShardDataModule
 from audiosep.pictures import spectrogram_figure
 from audiosep.samples import Batch
 from audiosep.system import SeparationSystem, SystemConfig
-from shards.storage import StorageConfig, Store, TransferError, check_writable, open_object
+from shards.storage import check_writable, open_object
+from shards.store import StorageConfig, Store, TransferError
 
 DONE, STOPPED = 0, 75
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

@@ -33,7 +33,8 @@ from servers import ACCESS_KEY, BUCKET, SECRET_KEY, HttpServer, S3Server, Server
 
 from shards.copy import copy  # noqa: E402
 from shards.manifest import bind, seal  # noqa: E402
-from shards.storage import StorageConfig, open_store  # noqa: E402
+from shards.storage import open_store  # noqa: E402
+from shards.store import StorageConfig  # noqa: E402
 from shards.tar import Sample  # noqa: E402
 from shards.writer import write_shard  # noqa: E402
 

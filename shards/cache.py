@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shards.storage import Buffer, LocalStore, NoRangeError, Range, Sink, Store, as_bytes
+from shards.local_store import LocalStore
+from shards.store import Buffer, NoRangeError, Range, Sink, Store, as_bytes
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from shards.manifest import (
     survey,
     unrecorded,
 )
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.writer import discard
 
 COMMANDS = {

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, format_ranges, parse_manifest
 from shards.record import Record, encode_index, read_record
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.tar import canonical_json
 from shards.verify import verify
 

@@ -26,7 +26,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import numpy as np
 
-from shards.storage import (
+from shards.store import (
     MAX_VECTOR,
     Buffer,
     NoRangeError,

@@ -19,7 +19,8 @@ from shards.manifest import Manifest, load_manifest
 from shards.order import StreamOrder
 from shards.readahead import Filling, ReadAhead
 from shards.reader import CorruptSampleError, SampleReader
-from shards.storage import StorageConfig, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig
 from shards.tar import Field
 
 log = logging.getLogger(__name__)

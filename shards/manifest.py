@@ -15,7 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from shards.record import FORMAT_VERSION, Record, examine, explain_invalid, read_index
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.tar import Field, canonical_json
 
 SPEC, MANIFEST = "spec.json", "manifest.json"

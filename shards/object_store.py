@@ -24,7 +24,7 @@ import obstore.store
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
 from shards.http_store import Body, Failure, HttpClient, RemoteStore
-from shards.storage import Buffer, Sink, StorageConfig, TransferError, as_bytes, check_name
+from shards.store import Buffer, Sink, StorageConfig, TransferError, as_bytes, check_name
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Client

@@ -11,7 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.manifest import Manifest
-from shards.storage import Store
+from shards.store import Store
 from shards.tar import BLOCK, MAX_TEXT_BYTES, Field, explain, framer, parse_head, parse_text
 
 T = TypeVar("T")

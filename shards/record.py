@@ -10,7 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
-from shards.storage import Store
+from shards.store import Store
 from shards.tar import END, MAX_TEXT_BYTES, Field, frame, npy_header
 
 FORMAT_VERSION = 1

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.storage import as_bytes
+from shards.store import as_bytes
 
 Bytes = bytes | bytearray | memoryview
 DTYPES = (

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from shards.manifest import MANIFEST, Manifest, Plan, load_manifest, read_plan
 from shards.record import SUFFIXES, Record, complete_record, key_digest
-from shards.storage import Store
+from shards.store import Store
 from shards.tar import END, Sample, decode
 
 READ_BYTES = 8 << 20  # samples are read so many bytes at a time, or one by one where they are larger

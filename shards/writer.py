@@ -9,7 +9,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.record import FORMAT_VERSION, SUFFIXES, Record, encode_index, key_digest
-from shards.storage import Sink, Store
+from shards.store import Sink, Store
 from shards.tar import END, Field, Sample, canonical_json, encode
 
 

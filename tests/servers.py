@@ -22,7 +22,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from shards.storage import StorageConfig
+from shards.store import StorageConfig
 
 AZURE_ACCOUNT = "devstoreaccount1"  # this and its key are Azurite's, the same everywhere
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="

@@ -7,7 +7,8 @@ import numpy as np
 
 from shards.manifest import Manifest, Plan, bind, seal
 from shards.record import Record
-from shards.storage import Store, open_store
+from shards.storage import open_store
+from shards.store import Store
 from shards.tar import Sample
 from shards.writer import write_shard
 

@@ -27,7 +27,8 @@ from audiosep.checkpoints import read_checkpoint
 from audiosep.train import STOPPED, train
 from shards import cli as shards_cli
 from shards.loader import ShardLoader
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 
 pytestmark = pytest.mark.timeout(300)
 

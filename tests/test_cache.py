@@ -13,7 +13,9 @@ import pytest
 from servers import HttpServer
 
 from shards.cache import CachedStore, cached
-from shards.storage import LocalStore, StorageConfig, Store, open_store
+from shards.local_store import LocalStore
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 
 DIGEST, OTHER = "0123456789abcdef" * 2, "f" * 32
 
@@ -166,7 +168,8 @@ def test_a_full_disk_is_read_through(
 READER = """
 import sys, numpy as np
 from shards.cache import cached
-from shards.storage import StorageConfig, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig
 store = cached(open_store(sys.argv[1], StorageConfig(cache_dir=sys.argv[2], cache_bytes=10**9)), "0123456789abcdef" * 2)
 row, rng = np.zeros(50_000, np.uint8), np.random.default_rng(int(sys.argv[3]))
 whole = {f"{shard}.tar": store.read(f"{shard}.tar") for shard in range(4)}

@@ -15,8 +15,10 @@ from shard_data import make_data_set
 
 from shards.cli import main
 from shards.copy import copy
+from shards.local_store import LocalStore
 from shards.manifest import IncompleteError, bind, load_manifest
-from shards.storage import LocalStore, StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.verify import verify
 
 

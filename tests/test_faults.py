@@ -15,7 +15,8 @@ from shards.batches import Batch
 from shards.copy import copy
 from shards.loader import ShardLoader
 from shards.reader import CorruptSampleError
-from shards.storage import StorageConfig, TransferError, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, TransferError
 
 NUM_FAULTS = 1000  # for each kind of server
 NUM_SAMPLES = 320

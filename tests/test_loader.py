@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from shard_data import make_data_set, make_sample
 
 from shards.loader import ShardLoader
+from shards.local_store import LocalStore
 from shards.order import MIXING_PERIOD, StreamOrder
 from shards.reader import CorruptSampleError
-from shards.storage import LocalStore
 
 NUM_SAMPLES = 61
 

@@ -17,7 +17,8 @@ import pytest
 from lossy_proxy import FAULTS, LossyProxy
 from servers import ACCESS_KEY, BUCKET, SECRET_KEY, HttpServer, S3Server, free_ports
 
-from shards.storage import NoRangeError, StorageConfig, Store, TransferError, open_store
+from shards.storage import open_store
+from shards.store import NoRangeError, StorageConfig, Store, TransferError
 
 
 @pytest.fixture(params=["presigned", "client", "azure"])
@@ -150,7 +151,8 @@ def test_a_replaced_object_is_an_error_for_the_reader_and_not_for_who_replaced_i
 WRITER = """
 import sys, time
 from dataclasses import replace
-from shards.storage import NoRangeError, StorageConfig, open_store
+from shards.storage import open_store
+from shards.store import NoRangeError, StorageConfig
 options = StorageConfig(endpoint=sys.argv[2], region="us-east-1", part_bytes=5 << 20)
 with open_store(sys.argv[1], options).writer("shard.tar") as sink:
     for _ in range(5):

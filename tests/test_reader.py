@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from shard_data import SHAPES, make_data_set, make_sample
 
 from shards import tar
+from shards.local_store import LocalStore
 from shards.manifest import load_manifest
 from shards.reader import CorruptSampleError, SampleReader
-from shards.storage import LocalStore, StorageConfig, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig
 
 LARGE = {"a": (1, 200, 200), "b": (2, 200, 200), "small": (5,), "c": (300, 200), "d": (90000,)}
 

@@ -10,7 +10,7 @@ from audio import open_dataset, small_config, write_bad, write_catalogue
 from audiosep.dataset import Renderer
 from audiosep.report import look, main
 from shards.manifest import load_manifest, seal
-from shards.storage import StorageConfig
+from shards.store import StorageConfig
 
 
 def make(folder, representation="magnitude"):

@@ -15,7 +15,8 @@ from slurm_lab import Cluster, kill, processes
 from audiosep.cli import main as audiosep
 from shards.cli import main as shards
 from shards.manifest import load_manifest
-from shards.storage import StorageConfig, Store, open_store
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 from shards.verify import read_sample
 from slurm.__main__ import main
 from slurm.submit import Run

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.storage import LocalStore, StorageConfig, Store, check_name, open_store
+from shards.local_store import LocalStore
+from shards.storage import open_store
+from shards.store import StorageConfig, Store, check_name
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """One sample from its shard straight into the rows of a batch: one scattered read, and nothing taken on trust."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -14,8 +13,6 @@ from shards.manifest import Manifest
 from shards.store import Store
 from shards.tar import BLOCK, MAX_TEXT_BYTES, Field, explain, framer, parse_head, parse_text
 
-T = TypeVar("T")
-
 READ_THROUGH_BYTES = 1 << 16  # a field this small is cheaper read and thrown away than skipped by another request
 INDEX_CACHE_BYTES = 64 << 20  # 2.8 million samples; beyond it a shard's index is fetched again when it is needed
 
@@ -24,6 +21,9 @@ _DAMAGE = (ValueError, EOFError, FileNotFoundError)
 
 class CorruptSampleError(ValueError):
     """A sample's bytes are missing or are not those that were written; the message names shard, row and remedy."""
+
+
+Found = tuple[str, dict[str, Any]] | CorruptSampleError  # a sample's key and text, or what is wrong with it
 
 
 def select(fields: Sequence[Field], names: Sequence[str] | None) -> tuple[Field, ...]:
@@ -96,7 +96,7 @@ class SampleReader:
                 is_skipping = not is_read
                 self._rest_bytes += num_bytes
         self.checksums = checksums and all(wanted)
-        self._shards: OrderedDict[int, tuple[str, NDArray[np.uint64]]] = OrderedDict()
+        self._shards: dict[int, tuple[str, NDArray[np.uint64]]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -113,7 +113,7 @@ class SampleReader:
 
     def read(
         self, samples: Sequence[int], rows: Sequence[Sequence[memoryview]], margins: Sequence[Margins]
-    ) -> list[tuple[str, dict[str, Any]] | CorruptSampleError]:
+    ) -> list[Found]:
         """Fill the rows of some samples and return the key and text of each, or what is wrong with it.
 
         `rows`: for each sample the bytes of one row for each of `self.fields`. `margins`: for each sample some that
@@ -123,80 +123,54 @@ class SampleReader:
 
         All are fetched before the first is looked at: copying megabytes drives the interpreter out of the processor's
         caches, and coming back costs more than the checks themselves."""
-        places: list[_Place | None] = []
-        for part in self._side_by_side(samples):
-            fetched = self._unless_damaged(self._fetch, samples[part], rows[part], margins[part])
-            places += fetched or [None] * (part.stop - part.start)
-        found = [place and self._unless_damaged(self._parse, place, margin) for place, margin in zip(places, margins)]
-        return [
-            ok or self._read_again(sample, own, margin)
-            for ok, sample, own, margin in zip(found, samples, rows, margins)
-        ]
-
-    def _side_by_side(self, samples: Sequence[int]) -> Iterator[slice]:
-        """Parts of `samples` that are each to be read at once."""
-        most, start = self.neighbours, 0
-        for stop in range(1, len(samples) + 1):
-            if (
-                stop == len(samples)
-                or stop - start == most
-                or samples[stop] != samples[stop - 1] + 1
-                or samples[stop] % self.manifest.plan.samples_per_shard == 0
-            ):
-                yield slice(start, stop)
-                start = stop
-
-    def _unless_damaged(self, step: Callable[..., T], *arguments: Any) -> T | None:
         try:
-            return step(*arguments)
+            return self._read_sound(samples, rows, margins)
         except _DAMAGE:
-            return None
+            if len(samples) > 1:  # which one it is shows when each is read by itself
+                return [self.read([sample], [own], [margin])[0] for sample, own, margin in zip(samples, rows, margins)]
+        [sample] = samples
+        self.store.forget(f"{self.manifest.shard_name(self.manifest.locate(sample)[0])}.tar")
+        try:
+            return self._read_sound(samples, rows, margins)
+        except _DAMAGE as error:
+            return [
+                CorruptSampleError(
+                    f"{self.place(sample)}: {error}. Check the data set with `shards verify {self.manifest.url}` and "
+                    "make the shard again, or go on without such samples with on_corrupt: skip."
+                )
+            ]
 
     def place(self, sample: int) -> str:
         """Where a sample stands, for people."""
         shard, row = self.manifest.locate(sample)
         return f"sample {sample} (row {row} of {self.manifest.url}/{self.manifest.shard_name(shard)}.tar)"
 
-    def _read_again(
-        self, sample: int, rows: Sequence[memoryview], margins: Margins
-    ) -> tuple[str, dict[str, Any]] | CorruptSampleError:
-        self.store.forget(f"{self.manifest.shard_name(self.manifest.locate(sample)[0])}.tar")
-        try:
-            [place] = self._fetch([sample], [rows], [margins])
-            return self._parse(place, margins)
-        except _DAMAGE as error:
-            return CorruptSampleError(
-                f"{self.place(sample)}: {error}. Check the data set with `shards verify {self.manifest.url}` and make "
-                "the shard again, or go on without such samples with on_corrupt: skip."
-            )
-
-    def _fetch(
+    def _read_sound(
         self, samples: Sequence[int], rows: Sequence[Sequence[memoryview]], margins: Sequence[Margins]
-    ) -> list[_Place]:
-        """Read samples of one shard into rows and margins, and compare their checksums; returns where they are."""
+    ) -> list[Found]:
+        """As `read`, but raises one of _DAMAGE unless all samples are sound."""
         places = [self._locate(sample) for sample in samples]
+        most = self.neighbours
+        together: list[_Place] = []
         ranges: list[tuple[int, list[memoryview]]] = []
-        for place, own, margin in zip(places, rows, margins):
+        for place, following, own, margin in zip(places, [*places[1:], None], rows, margins):
+            together.append(place)
             ranges += self._scatter(place, own, margin)
-        self.store.read_ranges(places[0].name, ranges)
-        if self.checksums:
-            for place, (_, buffers) in zip(places, ranges):
-                state = xxhash.xxh3_64()
-                for buffer in buffers:
-                    state.update(buffer)
-                if state.intdigest() != place.checksum:
-                    raise ValueError(f"its bytes have the checksum {state.hexdigest()} and not {place.checksum:016x}")
-        return places
+            if len(together) < most and following and following[:2] == (place.name, place.offset + place.size):
+                continue
+            self.store.read_ranges(place.name, ranges)
+            if self.checksums:
+                for each, (_, buffers) in zip(together, ranges):
+                    _compare(buffers, each.checksum)
+            together, ranges = [], []
+        return [self._parse(place, margin) for place, margin in zip(places, margins)]
 
     def _locate(self, sample: int) -> _Place:
         shard, row = self.manifest.locate(sample)
         name, index = self._index(shard)
         offset, size, checksum = index[row].tolist()
-        if (
-            not BLOCK + self._header_bytes
-            <= size - self._rest_bytes
-            <= BLOCK + MAX_TEXT_BYTES + BLOCK + self._header_bytes
-        ):
+        text_bytes = size - self._rest_bytes - self._header_bytes - BLOCK  # with its padding
+        if not 0 <= text_bytes <= MAX_TEXT_BYTES + BLOCK:
             raise ValueError(f"its {size} bytes in the index do not fit its fields")
         return _Place(name, offset, size, checksum)
 
@@ -242,13 +216,19 @@ class SampleReader:
 
     def _index(self, shard: int) -> tuple[str, NDArray[np.uint64]]:
         """A shard's tar, and offset, size and checksum of its samples, uint64 [num_samples, 3]; the last are kept."""
-        with self._lock:
-            if shard in self._shards:
-                self._shards.move_to_end(shard)
-                return self._shards[shard]
-        index = self.manifest.read_index(self.store, shard)
-        with self._lock:
-            self._shards[shard] = f"{self.manifest.shard_name(shard)}.tar", index
-            while len(self._shards) * index.nbytes > INDEX_CACHE_BYTES:
-                self._shards.popitem(last=False)
-            return self._shards[shard]
+        known = self._shards.get(shard)
+        if known is None:
+            known = f"{self.manifest.shard_name(shard)}.tar", self.manifest.read_index(self.store, shard)
+            with self._lock:
+                self._shards[shard] = known
+                while len(self._shards) * known[1].nbytes > INDEX_CACHE_BYTES:
+                    del self._shards[next(iter(self._shards))]
+        return known
+
+
+def _compare(buffers: Sequence[memoryview], checksum: int) -> None:
+    state = xxhash.xxh3_64()
+    for buffer in buffers:
+        state.update(buffer)
+    if state.intdigest() != checksum:
+        raise ValueError(f"its bytes have the checksum {state.hexdigest()} and not {checksum:016x}")

@@ -95,6 +95,7 @@ class SampleReader:
                     self._margins.append((piece, num_bytes))
                 is_skipping = not is_read
                 self._rest_bytes += num_bytes
+        self._framed = {margin: piece for margin, (piece, _) in enumerate(self._margins) if piece is not None}
         self.checksums = checksums and all(wanted)
         self._shards: dict[int, tuple[str, NDArray[np.uint64]]] = {}
         self._lock = threading.Lock()
@@ -198,14 +199,9 @@ class SampleReader:
     def _is_framed(self, key: str, text_size: int, head_bytes: int, margins: Margins) -> bool:
         """Whether every byte that was read and is neither JSON nor tensor is as the format has it."""
         pieces = self._frame(key, text_size)
-        return (
-            bytes(margins.head[:BLOCK]) == pieces[0]
-            and bytes(margins.head[BLOCK + text_size : head_bytes]) == pieces[1]
-            and all(
-                piece is None or bytes(margin) == pieces[piece]
-                for (piece, _), margin in zip(self._margins, margins.after)
-            )
-        )
+        found = [margins.head[:BLOCK], margins.head[BLOCK + text_size : head_bytes]]
+        found += [margins.after[margin] for margin in self._framed]
+        return [bytes(each) for each in found] == [pieces[piece] for piece in (0, 1, *self._framed.values())]
 
     def _explain(self, place: _Place) -> str:
         """Why a sample is not what it should be, from all of its bytes."""

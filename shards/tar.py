@@ -32,6 +32,7 @@ MAX_NPY_HEADER_BYTES = 4096
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,48}")
 _FIELD = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _JSON_NAME = re.compile(rb"([A-Za-z0-9_-]{1,48})\.json\0")
+_OCTAL = re.compile(rb"[0-7]{11}")
 _JSON = json.JSONDecoder()  # for UTF-8 alone, unlike json.loads
 _NPY_HEADER = re.compile(
     r"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}\s*"
@@ -173,7 +174,7 @@ def parse_head(data: Bytes) -> tuple[str, int]:
     """Key and JSON length from a sample's first 512 bytes. Raises ValueError if no sample of ours begins there."""
     found = _JSON_NAME.match(data)
     size = bytes(data[124:135])
-    if len(data) < BLOCK or not found or not re.fullmatch(rb"[0-7]{11}", size):
+    if len(data) < BLOCK or not found or not _OCTAL.fullmatch(size):
         raise ValueError(f"a sample begins with the tar header of KEY.json, not with {bytes(data[:24])!r}")
     return found[1].decode(), int(size, 8)
 

@@ -10,7 +10,7 @@ import xxhash
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, format_ranges, parse_manifest
+from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, confirmed, format_ranges, parse_manifest
 from shards.record import Record, encode_index, read_record
 from shards.storage import open_store
 from shards.store import StorageConfig, Store
@@ -24,9 +24,8 @@ def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
     Every byte is compared with the source's checksums on its way. Shards that are complete in the target are not
     copied again, so the same call goes on after any interruption. Raises ValueError if the target belongs to another
     data set, IncompleteError naming the shards that could not be copied."""
-    data = source.read(MANIFEST)
+    data, spec = (confirmed(source, name, source.read(name)) for name in (MANIFEST, SPEC))
     manifest = parse_manifest(data, source.url)
-    spec = source.read(SPEC)
     if not target.create(SPEC, spec) and target.read(SPEC) != spec:
         raise ValueError(f"{target.url} is bound to another spec than {source.url}; copy to another place.")
     if target.size(MANIFEST) is not None and target.read(MANIFEST) != data:
@@ -76,6 +75,7 @@ def copy_shard(
     InterruptedError soon after `stop` is set."""
     name = manifest.shard_name(index)
     record = read_record(source, name)
+    confirmed(source, f"{name}.json", canonical_json(asdict(record)))
     if (record.checksum, record.index_checksum) != (manifest.checksum(index), manifest.index_checksum(index)):
         raise ValueError(f"{source.url}/{name}.json is not the record that the manifest was sealed with")
     if _has(target, name, record):

@@ -229,7 +229,7 @@ class _Parallelism:
             self._kept, self._rate, self._pauses = self.reads, max(rate, self._rate), 0
         else:
             self.reads, self._is_rising = self._kept, not self._is_rising
-            self._pauses, self._paused = min(self._pauses + 1, self.MOST_PAUSES), 0
+            self._pauses, self._paused = min(2 * self._pauses + 1, self.MOST_PAUSES), 0
         if self._paused < self._pauses:
             self._paused += 1
             return

@@ -108,14 +108,18 @@ class RemoteStore(Store):
                         f"{what} ends at byte {offset}; wanted {end - start} bytes from {start}, got {offset - start}. "
                         "The object is shorter than its index says: run `shards verify` and make it again."
                     )
-                if left and left[0].nbytes < piece[0].nbytes:
-                    yield piece[0][: piece[0].nbytes - left[0].nbytes]
-                return
+                break
+            except OutOfRangeError as error:
+                if end is not None or offset == start or error.size != offset:
+                    raise
+                break  # all of it is here; an answer before this one had announced more than there is
             except Failure as failure:
                 patience.wait(offset, failure, 1 if failure.error is FileNotFoundError and not expected else None)
             finally:
                 if body:
                     body.close()
+        if left and left[0].nbytes < piece[0].nbytes:
+            yield piece[0][: piece[0].nbytes - left[0].nbytes]
 
 
 class Body(Protocol):
@@ -141,6 +145,14 @@ class Failure(Exception):
         self.retry_after, self.error, self.attempts = retry_after, error, attempts
 
 
+class OutOfRangeError(EOFError):
+    """A request for bytes behind the end of an object, which has `size`, if the server says so."""
+
+    def __init__(self, what: str, offset: int, size: int | None = None) -> None:
+        super().__init__(f"{what} has {'fewer' if size is None else size} bytes; wanted those from {offset} on.")
+        self.size = size
+
+
 @dataclass
 class Version:
     """The version of an object that its first piece came from, and all others must; told by tag, or else by size."""
@@ -159,6 +171,7 @@ class Version:
         self.tag, self.size = self.tag or body.tag, body.size if self.size is None else self.size
 
 
+_WAKE_BYTES = 1 << 18  # that wait in the kernel before it wakes the reader of a long answer
 _PROGRESS_BYTES = 1 << 16  # what an attempt must bring to count as going on, and a connection in each stall_seconds
 
 
@@ -320,7 +333,7 @@ class HttpClient:
         self._redirects.pop(what, None)  # redirects carry signatures that expire
         if head.status == 416:
             size = head.headers.get("content-range", "").rpartition("/")[2]
-            raise EOFError(f"{what} has {size or 'fewer'} bytes; wanted those from {offset} on.")
+            raise OutOfRangeError(what, offset, int(size) if size.isdecimal() else None)
         raise _failure(head)
 
     def _ask(self, target: SplitResult, headers: dict[str, str]) -> "_Head":
@@ -469,7 +482,7 @@ class HttpBody:
                         attempts=3,
                     )
                 if offset > length:
-                    raise EOFError(f"{what} has {length} bytes; wanted those from {offset} on.")
+                    raise OutOfRangeError(what, offset, length)
                 self.size, self._skip = length, offset
                 self._remaining = min(length, length if end is None else end) - offset
             self._reusable = head.status == 206 or self._remaining + self._skip == length
@@ -512,13 +525,23 @@ class HttpBody:
 
 def _receive(connection: socket.socket, views: Sequence[memoryview]) -> int:
     """Bytes that were put into the views, 0 at the end of the connection. Without TLS all are waited for in one call,
-    until the connection's time is over; fewer calls leave more of the processor to others."""
+    until the connection's time is over, and of many those to the last _WAKE_BYTES; fewer calls and fewer wake-ups
+    leave more of the processor to others."""
     if isinstance(connection, ssl.SSLSocket):
         return connection.recv_into(views[0])
+    views = views[:MAX_VECTOR]
+    wanted = sum(view.nbytes for view in views)
+    is_long = wanted > 4 * _WAKE_BYTES
     try:
-        return connection.recvmsg_into(views[:MAX_VECTOR], 0, socket.MSG_WAITALL)[0]
+        if is_long:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _WAKE_BYTES)
+            views = _first_bytes(views, wanted - _WAKE_BYTES)
+        return connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
     except BlockingIOError:
         raise TimeoutError("no byte came within stall_seconds") from None
+    finally:
+        if is_long:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _first_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:

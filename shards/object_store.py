@@ -23,7 +23,7 @@ import obstore
 import obstore.store
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
-from shards.http_store import Body, Failure, HttpClient, RemoteStore
+from shards.http_store import Body, Failure, HttpClient, OutOfRangeError, RemoteStore
 from shards.store import Buffer, Sink, StorageConfig, TransferError, as_bytes, check_name
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ObjectStore(RemoteStore):
             return _ClientBody(self._connect(), name, offset, end)
         except (BaseError, OSError) as error:
             if "416 Range Not Satisfiable" in str(error):
-                raise EOFError(f"{self.url}/{name} has fewer bytes; wanted those from {offset} on.") from None
+                raise OutOfRangeError(f"{self.url}/{name}", offset) from None
             raise _failure(error) from None
 
     def _signed(self, name: str, anew: bool) -> str:

@@ -312,8 +312,8 @@ DETECTABLE = tuple(fault for fault in FAULTS if fault != "bytes")  # by a store;
 def test_one_answer_in_four_with_each_fault(
     s3_server: S3Server, http_server: HttpServer, tmp_path: Path, kind: str, fault: str
 ) -> None:
-    """Every read is exact; three refusals in a row alone may end one."""
-    content = np.random.default_rng(4).bytes(400_000)
+    """Every read is exact; three refusals in a row alone may end one, and the first 404 for a whole object."""
+    content = np.random.default_rng(4).bytes(4_000_000)
     upstream = int((http_server.url if kind == "http" else s3_server.endpoint).rpartition(":")[2])
     with LossyProxy(upstream, [fault], rate=0.25, seed=5) as proxy:
         if kind == "http":
@@ -324,17 +324,21 @@ def test_one_answer_in_four_with_each_fault(
             open_store(f"s3://{BUCKET}/faulty", options).write("faulty", content)
             store = open_store(f"s3://{BUCKET}/faulty", replace(options, endpoint=proxy.url, **HASTY))
         rng, refusals = np.random.default_rng(6), []
-        for _ in range(12):
-            start, row = int(rng.integers(200_000)), np.zeros(200_000, np.uint8)
+        for turn in range(15):
+            start, row = int(rng.integers(2_000_000)), np.zeros((200_000, 2_000_000)[turn % 2], np.uint8)
             try:
+                if turn % 5 == 4:  # whatever length was announced, what came is no other than the object
+                    whole = store.read("faulty")
+                    assert content.startswith(whole) and (len(whole) == len(content) or fault == "length")
+                    continue
                 store.read_range("faulty", start, [row])
-                assert row.tobytes() == content[start : start + 200_000]
+                assert row.tobytes() == content[start : start + len(row)]
             except (PermissionError, FileNotFoundError, NoRangeError) as error:
                 refusals.append(str(error))
         assert len(refusals) <= 3 * (fault in ("refused", "no-range"))
         for message in refusals:
             assert re.search(
-                rf"{store.url}/faulty: gave up at byte \d+ after 3 attempts.*(40[34]|ignores Range)", message
+                rf"{store.url}/faulty: gave up at byte \d+ after [13] attempts.*(40[34]|ignores Range)", message
             )
         assert proxy.counts[fault] > 0
 

@@ -31,8 +31,7 @@ MAX_NPY_HEADER_BYTES = 4096
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,48}")
 _FIELD = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_JSON_NAME = re.compile(rb"([A-Za-z0-9_-]{1,48})\.json\0")
-_OCTAL = re.compile(rb"[0-7]{11}")
+_HEAD = re.compile(rb"(?=.{124}([0-7]{11}))([A-Za-z0-9_-]{1,48})\.json\0", re.DOTALL)
 _JSON = json.JSONDecoder()  # for UTF-8 alone, unlike json.loads
 _NPY_HEADER = re.compile(
     r"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}\s*"
@@ -111,31 +110,33 @@ def framer(fields: tuple[Field, ...]) -> Callable[[str, int], list[bytes]]:
     headers = [npy_header(field.stored, field.shape) for field in fields]
     members = [(f".{field.name}.npy", len(npy) + field.num_bytes, npy) for field, npy in zip(fields, headers)]
 
+    @lru_cache(maxsize=4096)
+    def templates(key_bytes: int, text_size: int) -> tuple[list[tuple[bytes, int]], bytes]:
+        """Each member's piece with its key and checksum left open, what the checksum is without the key; the rest."""
+        found, padding = [], b""
+        for suffix, size, npy in [(".json", text_size, b""), *members]:
+            before, after, checksum = _tar_header(key_bytes, suffix, size)
+            parts = [part.replace(b"%", b"%%") for part in (padding, before, after + npy)]
+            found.append((b"%b%%b%b%%06o\0 %b" % tuple(parts), checksum))
+            padding = bytes(-size % BLOCK)
+        return found, padding
+
     def pieces(key: str, text_size: int) -> list[bytes]:
         if not _KEY.fullmatch(key):
             raise ValueError(f"Key {key!r}: use letters, digits, _ and -, without dots, at most 48.")
         if text_size > MAX_TEXT_BYTES:
             raise ValueError(f"The JSON of sample {key} has {text_size} bytes; at most {MAX_TEXT_BYTES} are allowed.")
         name = key.encode()
-        key_sum, padding = sum(name), bytes(-text_size % BLOCK)
-        found = [_tar_header(name, key_sum, ".json", text_size)]
-        for suffix, size, npy in members:
-            found.append(padding + _tar_header(name, key_sum, suffix, size) + npy)
-            padding = bytes(-size % BLOCK)
-        return [*found, padding]
+        key_sum = sum(name)
+        open_pieces, padding = templates(len(name), text_size)
+        return [*[piece % (name, key_sum + checksum) for piece, checksum in open_pieces], padding]
 
     return pieces
 
 
-def _tar_header(key: bytes, key_sum: int, suffix: str, size: int) -> bytes:
-    """A plain ustar header (POSIX.1-1988): mode 0644, owner 0, time 0; its checksum counts its own field as spaces."""
-    before, after, checksum = _header_without_key(len(key), suffix, size)
-    return b"%b%b%06o\0 %b" % (key, before, checksum + key_sum, after)
-
-
-@lru_cache(maxsize=4096)
-def _header_without_key(key_bytes: int, suffix: str, size: int) -> tuple[bytes, bytes, int]:
-    """What stands in a header between the key and the checksum, what after it, and what both add to it."""
+def _tar_header(key_bytes: int, suffix: str, size: int) -> tuple[bytes, bytes, int]:
+    """What stands in a plain ustar header (POSIX.1-1988; mode 0644, owner 0, time 0) between the key and the checksum,
+    what after it, and what both add to the checksum, which counts its own field as spaces."""
     if size >= 8**11:
         raise ValueError(f"*{suffix} has {size} bytes; a tar member holds less than 8 GiB.")
     name = suffix.encode().ljust(100 - key_bytes, b"\0")
@@ -172,11 +173,10 @@ def decode(data: Bytes, fields: Sequence[Field]) -> tuple[str, dict[str, Any], l
 
 def parse_head(data: Bytes) -> tuple[str, int]:
     """Key and JSON length from a sample's first 512 bytes. Raises ValueError if no sample of ours begins there."""
-    found = _JSON_NAME.match(data)
-    size = bytes(data[124:135])
-    if len(data) < BLOCK or not found or not _OCTAL.fullmatch(size):
+    found = _HEAD.match(data)
+    if len(data) < BLOCK or not found:
         raise ValueError(f"a sample begins with the tar header of KEY.json, not with {bytes(data[:24])!r}")
-    return found[1].decode(), int(size, 8)
+    return found[2].decode(), int(found[1], 8)
 
 
 def parse_text(data: Bytes) -> dict[str, Any]:

@@ -69,6 +69,10 @@ class TrainerConfig:
     ] = None
     log_steps: Annotated[int, Field(gt=0, description="steps from one line of the log to the next")] = 50
 
+    @property
+    def monitor_mode(self) -> Literal["min", "max"]:
+        return "min" if self.monitor == "valid/loss" else "max"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -157,12 +161,15 @@ def prepare(store: Store) -> None:
 
 
 def is_complete(checkpoint: Mapping[str, Any], config: TrainerConfig) -> bool:
-    """Whether a run's last checkpoint has all the steps, passes or hours that it was to have."""
-    hours = checkpoint["callbacks"][LastCheckpoint.__qualname__]["seconds"] / 3600
+    """Whether a run's last checkpoint has all the steps, passes or hours it was to have, or was out of patience."""
+    states = checkpoint["callbacks"]
+    hours = states[LastCheckpoint.__qualname__]["seconds"] / 3600
+    waited = states.get(Patience(config).state_key, {"wait_count": 0})["wait_count"]
     return (
         checkpoint["global_step"] == config.max_steps
         or checkpoint[ShardDataModule.__qualname__]["epoch"] >= config.max_epochs
-        or hours > (config.max_hours or float("inf"))
+        or hours > (config.max_hours or math.inf)
+        or waited >= (config.patience or math.inf)
     )
 
 
@@ -198,10 +205,10 @@ def make_trainer(config: TrainConfig, data: ShardDataModule, keeper: "LastCheckp
     if trainer.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=trainer.ema_decay))  # before whatever saves its average
     if config.data.valid:
-        mode: Literal["min", "max"] = "min" if trainer.monitor == "valid/loss" else "max"
-        callbacks += [Examples(), BestCheckpoint(config.checkpoint(BEST), trainer.monitor, mode)]
+        best = BestCheckpoint(config.checkpoint(BEST), trainer.monitor, trainer.monitor_mode)
+        callbacks += [Examples(), best]
         if trainer.patience:
-            callbacks.append(EarlyStopping(trainer.monitor, mode=mode, patience=trainer.patience))
+            callbacks.append(Patience(trainer))
     plugins: list[Any] = [StoredCheckpoints(config.data.storage)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # the job's script requeues it, by our exit status
@@ -290,7 +297,8 @@ class LastCheckpoint(Callback):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._step > self._saved_step:
+        has_lost_patience = trainer.should_stop and not self.stopped  # at a validation after the step was saved
+        if self._step > self._saved_step or has_lost_patience:
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -305,6 +313,16 @@ class LastCheckpoint(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]
+
+
+class Patience(EarlyStopping):
+    """Ends the run after a number of validations without a better figure: the config's, not the checkpoint's."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        super().__init__(config.monitor, mode=config.monitor_mode, patience=config.patience or sys.maxsize)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"patience": self.patience})
 
 
 class BestCheckpoint(Callback):

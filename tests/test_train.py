@@ -191,7 +191,9 @@ def test_a_gradient_that_is_not_finite_stops_with_the_keys(tmp_path: Path):
     )
 
 
-def test_it_learns_logs_validates_and_stops_early(tmp_path: Path, shards: Path, valid: Path):
+def test_it_learns_logs_validates_and_stops_early(
+    tmp_path: Path, shards: Path, valid: Path, capsys: pytest.CaptureFixture[str]
+):
     config = settings(
         tmp_path / "run", shards, valid, max_epochs=30, validate_steps=60, monitor="valid/si_sdri", patience=100
     )
@@ -209,8 +211,16 @@ def test_it_learns_logs_validates_and_stops_early(tmp_path: Path, shards: Path, 
 
     impatient = settings(tmp_path / "stopped", shards, valid, max_epochs=50, validate_steps=5, patience=1)
     impatient["system"]["optimizer"]["learning_rate"] = 1e-12
+    impatient["trainer"]["checkpoint_steps"] = 5  # just before each validation
+    for _ in range(2):
+        assert train(config_of(impatient)) == 0
+    assert "The run is complete: " in capsys.readouterr().err
+    last = tmp_path / "stopped/checkpoints/last.ckpt"
+    stopped = read_checkpoint(last)["global_step"]
+    assert stopped < 100
+    impatient["trainer"]["patience"] = 3
     assert train(config_of(impatient)) == 0
-    assert read_checkpoint(tmp_path / "stopped/checkpoints/last.ckpt")["global_step"] < 100
+    assert read_checkpoint(last)["global_step"] >= stopped + 10  # two more validations, at least
 
 
 def test_after_a_restart_best_is_replaced_by_nothing_worse(tmp_path: Path, shards: Path, valid: Path):

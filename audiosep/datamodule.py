@@ -97,12 +97,11 @@ class ShardDataModule(pl.LightningDataModule):
     def _loader(self, source: str | Mapping[Any, float], config: LoaderConfig, ledger: str = "") -> ShardLoader:
         root = source if isinstance(source, str) else next(iter(source))
         trainer = self._attached_trainer()
-        stored = tuple(field.name for field in self.manifest(root).fields)
+        stored = (field.name for field in self.manifest(root).fields)
         needed = tuple(name for name in stored if name == CONDITION or int(name.rpartition(".")[2]) in self._windows)
         return ShardLoader(
             source,
-            # Samples that are read whole are checked by their checksums, so fields are only named to leave some out.
-            config if needed == stored else replace(config, fields=needed),
+            replace(config, fields=needed),
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             ledger=ledger or None,

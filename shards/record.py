@@ -13,7 +13,7 @@ from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from shards.store import Store
 from shards.tar import END, MAX_TEXT_BYTES, Field, frame, npy_header
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUFFIXES = (".tar", ".idx.npy", ".json")  # of a shard's files, in the order in which they are written
 Checksum = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]  # xxh3-64
 
@@ -39,7 +39,7 @@ class Record:
 
     @property
     def index_bytes(self) -> int:
-        return len(_index_header(self.num_samples)) + self.num_samples * 24
+        return _index_layout(self.num_samples, self.fields)[1]
 
     def read_index(self, store: Store) -> NDArray[np.uint64]:
         """The shard's index, if it is the one that this record speaks of; see `read_index`."""
@@ -71,7 +71,7 @@ def read_record(store: Store, name: str) -> Record:
     if record.shard != name or record.format_version != FORMAT_VERSION:
         raise ValueError(
             f"{store.url}/{name}.json is the record of {record.shard} in format {record.format_version} and not of "
-            f"{name} in format {FORMAT_VERSION}."
+            f"{name} in format {FORMAT_VERSION}, which this version reads."
         )
     return record
 
@@ -115,30 +115,36 @@ def explain_invalid(error: ValidationError) -> str:
 
 
 def encode_index(index: NDArray[np.uint64]) -> bytes:
-    """The index file of [num_samples, 3]: byte offset, size and xxh3-64 of each sample's bytes in the tar."""
-    return _index_header(len(index)) + index.astype("<u8").tobytes()
+    """The index file of [num_samples, 3 + num_fields]: for each sample its byte offset and size in the tar, the xxh3-64
+    of its head (all that stands before the first tensor), and that of each tensor. The rest is known from the format.
+    """
+    return npy_header(np.dtype("<u8"), index.shape) + index.astype("<u8").tobytes()
 
 
-def _index_header(num_samples: int) -> bytes:
-    return npy_header(np.dtype("<u8"), (num_samples, 3))
+def _index_layout(num_samples: int, fields: Sequence[Field]) -> tuple[bytes, int]:
+    """What an index file begins with, and its size."""
+    columns = 3 + len(fields)
+    header = npy_header(np.dtype("<u8"), (num_samples, columns))
+    return header, len(header) + num_samples * columns * 8
 
 
 def read_index(
     store: Store, name: str, *, num_samples: int, num_bytes: int, checksum: str, fields: Sequence[Field]
 ) -> NDArray[np.uint64]:
-    """The index of shard `name`, uint64 [num_samples, 3]; what it must fit is what record or manifest say of the shard:
-    samples and bytes of the tar, xxh3-64 of the index file, and fields.
+    """The index of shard `name`, uint64 [num_samples, 3 + num_fields]; see `encode_index`. What it must fit is what the
+    record or manifest says of the shard: samples and bytes of the tar, xxh3-64 of the index file, and fields.
 
     Raises FileNotFoundError if it is not there, ValueError if it is not that one or its samples, each of a possible
     size, do not follow one another from the tar's first byte to its end."""
     data = store.read(f"{name}.idx.npy")
-    found, header = xxhash.xxh3_64_hexdigest(data), _index_header(num_samples)
-    if found != checksum or data[: len(header)] != header or len(data) != len(header) + num_samples * 24:
+    found = xxhash.xxh3_64_hexdigest(data)
+    header, num_index_bytes = _index_layout(num_samples, fields)
+    if found != checksum or data[: len(header)] != header or len(data) != num_index_bytes:
         raise ValueError(
             f"{store.url}/{name}.idx.npy has checksum {found} and {len(data)} bytes; expected checksum {checksum} and "
-            f"{len(header) + num_samples * 24} bytes, the index of {num_samples} samples"
+            f"{num_index_bytes} bytes, the index of {num_samples} samples"
         )
-    entries = np.frombuffer(data, "<u8", offset=len(header)).reshape(-1, 3)
+    entries = np.frombuffer(data, "<u8", offset=len(header)).reshape(num_samples, -1)
     least = sum(map(len, frame("key", 0, fields))) + sum(field.num_bytes for field in fields)
     sizes, ends = entries[:, 1], np.cumsum(entries[:, 1])
     if not (

@@ -7,13 +7,14 @@ parse what others wrote, and say what is wrong with a frame that differs."""
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from shards.store import as_bytes
@@ -83,7 +84,8 @@ class Sample:
 
 
 def encode(sample: Sample) -> list[Bytes]:
-    """The sample's bytes as a list of buffers to write one after another; C-contiguous tensors are not copied."""
+    """The sample's bytes as buffers to write one after another: `frame`'s pieces with the JSON and the tensors between
+    them. C-contiguous tensors are not copied."""
     text = canonical_json(sample.text)
     fields = [Field.of(name, array) for name, array in sample.arrays.items()]
     payload: list[Bytes] = [text, *(as_bytes(np.ascontiguousarray(array)) for array in sample.arrays.values())]
@@ -153,22 +155,37 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + (length - 10).to_bytes(2, "little") + text.ljust(length - 11) + b"\n"
 
 
-def decode(data: Bytes, fields: Sequence[Field]) -> tuple[str, dict[str, Any], list[memoryview]]:
+def decode(
+    data: Bytes, fields: Sequence[Field], checksums: Sequence[int] = ()
+) -> tuple[str, dict[str, Any], list[memoryview]]:
     """Key, text and the raw bytes of each tensor (views) of one sample's byte range.
 
-    Raises ValueError, which says what is wrong, unless every byte outside JSON and tensors is as `frame` has it."""
+    `checksums`: of the head and of each tensor, to `compare`. Raises ValueError, which says what is wrong, if one is
+    another, and unless every byte outside JSON and tensors is as `frame` has it."""
     view = memoryview(data)
     key, text_size = parse_head(view)
+    pieces = frame(key, text_size, fields)
     sizes = [text_size, *(field.num_bytes for field in fields), 0]
     parts, offset = [], 0
-    for piece, size in zip(frame(key, text_size, fields), sizes):
+    for piece, size in zip(pieces, sizes):
         if view[offset : offset + len(piece)] != piece:
             raise ValueError(explain(view, key, fields))
         parts.append(view[offset + len(piece) : offset + len(piece) + size])
         offset += len(piece) + size
     if offset != len(view):
         raise ValueError(f"sample {key} has {len(view)} bytes where its fields take {offset}")
-    return key, parse_text(parts[0]), parts[1:-1]
+    text, *tensors = parts[:-1]
+    head = view[: BLOCK + text_size + len(pieces[1])]
+    compare([head, *tensors], checksums)
+    return key, parse_text(text), tensors
+
+
+def compare(parts: Iterable[Bytes], checksums: Iterable[int]) -> None:
+    """Raise ValueError for the first of a sample's parts that has not its xxh3-64."""
+    for part, checksum in zip(parts, checksums):
+        found = xxhash.xxh3_64_intdigest(part)
+        if found != checksum:
+            raise ValueError(f"its bytes have the checksum {found:016x} and not {checksum:016x}")
 
 
 def parse_head(data: Bytes) -> tuple[str, int]:

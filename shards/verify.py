@@ -99,12 +99,11 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, index: int,
     for rows, data in _runs(store, name, entries, buffers):
         whole.update(data)
         for row in rows:
-            offset, size, checksum = entries[row]
+            offset, size, *checksums = entries[row]
             place = offset - entries[rows[0]][0]
             sample = data[place : place + size]
             try:
-                _expect("hash", xxhash.xxh3_64_intdigest(sample), checksum)
-                keys.append(decode(sample, record.fields)[0])
+                keys.append(decode(sample, record.fields, checksums)[0])
             except ValueError as error:
                 raise ValueError(f"sample {row}, at byte {offset}: {error}") from None
     end = bytearray(len(END))
@@ -148,11 +147,13 @@ def read_sample(store: Store, manifest: Manifest, index: int) -> Sample:
     shard, row = manifest.locate(index)
     name = manifest.shard_name(shard)
     entries = manifest.read_index(store, shard)
-    offset, size, checksum = entries[row].tolist()
+    offset, size, *checksums = entries[row].tolist()
     data = memoryview(bytearray(size))
     store.read_range(f"{name}.tar", offset, [data])
-    _expect(f"hash of sample {index}, row {row} of {name},", xxhash.xxh3_64_intdigest(data), checksum)
-    key, text, tensors = decode(data, manifest.fields)
+    try:
+        key, text, tensors = decode(data, manifest.fields, checksums)
+    except ValueError as error:
+        raise ValueError(f"sample {index}, row {row} of {store.url}/{name}.tar: {error}.") from None
     arrays = {
         field.name: np.frombuffer(tensor, field.stored).reshape(field.shape)
         for field, tensor in zip(manifest.fields, tensors)

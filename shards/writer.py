@@ -57,30 +57,29 @@ def _write_tar(
     sink: Sink, name: str, samples: Iterable[Sample], num_samples: int, dtypes: Mapping[str, str]
 ) -> tuple[NDArray[np.uint64], list[str], tuple[Field, ...], str]:
     """Write all samples, and return their index, keys and fields, and the xxh3-64 of the tar."""
-    index = np.zeros((num_samples, 3), np.uint64)
+    index = list[tuple[int, ...]]()
     whole, keys, fields, offset = xxhash.xxh3_64(), dict[str, None](), None, 0
-    for row, sample in enumerate(samples):
+    for sample in samples:
         found = tuple(Field.of(name, array, dtypes.get(name)) for name, array in sample.arrays.items())
         fields = fields or found
         if found != fields:
             raise ValueError(f"{name}: sample {sample.key} has the fields {found}, the first one has {fields}.")
-        if sample.key in keys or row == num_samples:
+        if sample.key in keys or len(keys) == num_samples:
             raise ValueError(f"{name}: sample {sample.key} came twice or after all {num_samples} samples.")
         buffers = encode(sample)
-        own = xxhash.xxh3_64()
         for buffer in buffers:
-            own.update(buffer)
             whole.update(buffer)
         sink.write(*buffers)
         size = sum(map(len, buffers))
-        index[row] = offset, size, own.intdigest()
+        head, tensors = b"".join(buffers[:3]), buffers[3::2]
+        index.append((offset, size, *map(xxhash.xxh3_64_intdigest, [head, *tensors])))
         keys[sample.key] = None
         offset += size
     if len(keys) < num_samples or not fields:
         raise ValueError(f"{name}: only {len(keys)} of {num_samples} samples came, with the fields {fields}.")
     whole.update(END)
     sink.write(END)
-    return index, list(keys), fields, whole.hexdigest()
+    return np.array(index, np.uint64), list(keys), fields, whole.hexdigest()
 
 
 def discard(store: Store, name: str) -> None:

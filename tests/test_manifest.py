@@ -1,6 +1,7 @@
 """A root is bound to one spec, sealed only when whole, and found again by sample number."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from shards.manifest import (
     survey,
     unrecorded,
 )
-from shards.record import OtherSpecError
+from shards.record import FORMAT_VERSION, OtherSpecError
 from shards.storage import open_store
 from shards.tar import canonical_json
 
@@ -163,13 +164,13 @@ def test_ranges_are_printed_and_parsed():
 
 
 def synthetic_manifest(num_shards: int) -> bytes:
-    plan = Plan(1, {"seed": 0}, num_shards * 256, 256)
+    plan = Plan(FORMAT_VERSION, {"seed": 0}, num_shards * 256, 256)
     digits = np.random.default_rng(0).bytes(8 * num_shards).hex()
     columns = {"num_bytes": [525_336_576] * num_shards, "checksums": digits, "index_checksums": digits}
     totals = {"num_shards": num_shards, "num_bytes": 525_336_576 * num_shards, "num_rejected": 0, "rejected": {}}
     fields = [{"name": "stft_mixture.2048", "dtype": "float16", "shape": [1, 501, 1025]}]
-    own = {"format_version": 1, "spec": plan.spec, "num_samples": plan.num_samples, "samples_per_shard": 256}
-    return canonical_json({"plan": own, "spec_digest": plan.spec_digest, "fields": fields, **totals, "shards": columns})
+    document = {"plan": asdict(plan), "spec_digest": plan.spec_digest, "fields": fields, **totals, "shards": columns}
+    return canonical_json(document)
 
 
 def test_a_manifest_of_a_million_shards_is_small_and_quick():

@@ -109,7 +109,7 @@ def test_verify_repairs_only_the_bad_shards(tmp_path, capfd):
     untouched = (root / "shard-000001.tar").stat().st_mtime_ns
     assert main(["verify", str(root)]) == 3
     printed = capfd.readouterr()
-    assert "BAD shard-000002: sample 0, at byte 0: the hash" in printed.out
+    assert "BAD shard-000002: sample 0, at byte 0: its bytes have the checksum" in printed.out
     assert "BAD shard-000000: " in printed.out
     assert "--shards 0,2 --repair CONFIG" in printed.err
     assert main(["verify", str(root), "--repair", config]) == 0

@@ -1,6 +1,7 @@
 """Damage of every kind is found by `verify`, and never served by the reader as if it were the sample."""
 
 import errno
+import itertools
 import json
 import pickle
 import random
@@ -18,7 +19,7 @@ from shards.manifest import bind, load_manifest, seal
 from shards.reader import CorruptSampleError, SampleReader
 from shards.record import key_digest
 from shards.storage import open_store
-from shards.tar import BLOCK, END, MAX_TEXT_BYTES, canonical_json, members, npy_header
+from shards.tar import BLOCK, END, MAX_TEXT_BYTES, canonical_json, frame, members, npy_header
 from shards.verify import read_sample, verify
 
 NAME, OTHER = "shard-000001", "shard-000002"  # the shard that is damaged, and a foreign one
@@ -91,7 +92,7 @@ def test_only_damage_that_stays_is_the_shards(tmp_path, monkeypatch):
     faults = iter([broken])
     assert not verify(store, [0], num_threads=1).bad
     faults = iter(["flip", "flip"])
-    assert "the hash is" in verify(store, [0], num_threads=1).bad[0]
+    assert "sample 0, at byte 0: " in verify(store, [0], num_threads=1).bad[0]
     faults = iter([broken, broken])
     assert "Input/output error" in verify(store, [0], num_threads=1).bad[0]
     faults = iter([PermissionError(errno.EACCES, "expired")])
@@ -117,7 +118,7 @@ class Damaged:
         self.manifest = load_manifest(self.store)
         self.files = {path.name: path.read_bytes() for path in root.iterdir()}
         tar, index = self.files[f"{NAME}.tar"], np.load(root / f"{NAME}.idx.npy")
-        self.samples = [tar[offset : offset + size] for offset, size, _ in index.tolist()]
+        self.samples = [tar[offset : offset + size] for offset, size, *_ in index.tolist()]
 
     def put(self, files):
         for name, data in files.items():
@@ -128,8 +129,8 @@ class Damaged:
         tar = b"".join(samples) + END
         if index is None:
             sizes = list(map(len, samples))
-            hashes = [xxhash.xxh3_64_intdigest(sample) for sample in samples]
-            index = np.array([np.cumsum([0, *sizes[:-1]]), sizes, hashes], "<u8").T
+            offsets = np.cumsum([0, *sizes[:-1]]).tolist()
+            index = np.array([[*row] for row in zip(offsets, sizes, *zip(*map(self.checksums, samples)))], "<u8")
         index_file = npy_header(np.dtype("<u8"), index.shape) + index.astype("<u8").tobytes()
         checksum, index_checksum = xxhash.xxh3_64_hexdigest(tar), xxhash.xxh3_64_hexdigest(index_file)
         record = json.loads(self.files[f"{NAME}.json"])
@@ -141,6 +142,15 @@ class Damaged:
         columns["index_checksums"] = columns["index_checksums"][:16] + index_checksum + columns["index_checksums"][32:]
         files = dict(zip(FILES, (tar, index_file, canonical_json(record)), strict=True))
         return files | {"manifest.json": canonical_json(manifest)}
+
+    def checksums(self, sample):
+        """Of what stands before the first tensor, and of each tensor: their places are fixed from the sample's end."""
+        found, end = [], len(sample)
+        for field, piece in zip(self.manifest.fields[::-1], frame("key", 0, self.manifest.fields)[:1:-1]):
+            start = end - len(piece) - field.num_bytes
+            found.insert(0, xxhash.xxh3_64_intdigest(sample[max(start, 0) : start + field.num_bytes]))
+            end = start
+        return [xxhash.xxh3_64_intdigest(sample[: max(end, 0)]), *found]
 
     def refused_rows(self):
         """The rows of the damaged shard that the reader refuses; the others are the ones that were written."""
@@ -436,7 +446,7 @@ def test_malformed_samples_are_found_and_never_served_although_all_checksums_are
     assert not verify(damaged.store).bad
 
 
-def test_hostile_indices_with_right_checksums_are_refused(damaged):
+def test_hostile_indices_are_refused_although_their_own_checksum_is_right(damaged):
     rng = random.Random(3)
     right = np.load(damaged.root / f"{NAME}.idx.npy")
     for _ in range(300):
@@ -451,6 +461,16 @@ def test_hostile_indices_with_right_checksums_are_refused(damaged):
         try:
             assert "does not divide the tar" in verify(damaged.store, [1], num_threads=1).bad[1]
             assert damaged.refused_rows() == [0, 1, 2]
+        finally:
+            damaged.put({name: damaged.files[name] for name in files})
+    for row, column in itertools.product(range(ROWS), range(2, right.shape[1])):
+        index = right.copy()
+        index[row, column] ^= np.uint64(1) << np.uint64(rng.randrange(64))
+        files = damaged.republish(damaged.samples, index)
+        damaged.put(files)
+        try:
+            assert f"sample {row}, at byte" in verify(damaged.store, [1], num_threads=1).bad[1]
+            assert damaged.refused_rows() == [row]
         finally:
             damaged.put({name: damaged.files[name] for name in files})
 

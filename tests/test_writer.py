@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from shard_data import make_sample, make_samples, tree, write_one, write_set
 
 from shards.manifest import bind, load_manifest, seal
@@ -67,10 +68,13 @@ def test_record_and_index_describe_the_tar(tmp_path):
     data = store.read(f"{NAME}.tar")
     index = seal(store).read_index(store, 0)
     assert np.load(tmp_path / f"{NAME}.idx.npy").tolist() == index.tolist()
-    for sample, (offset, size, _) in zip(make_samples(range(4)), index.tolist(), strict=True):
+    for sample, (offset, size, *checksums) in zip(make_samples(range(4)), index.tolist(), strict=True):
         key, text, tensors = decode(data[offset : offset + size], record.fields)
         assert (key, text) == (sample.key, sample.text)
-        assert [bytes(tensor) for tensor in tensors] == [array.tobytes() for array in sample.arrays.values()]
+        own = [array.tobytes() for array in sample.arrays.values()]
+        assert [bytes(tensor) for tensor in tensors] == own
+        head = data[offset : data.index(own[0], offset)]
+        assert checksums == [xxhash.xxh3_64_intdigest(part) for part in (head, *own)]
     assert len(data) == record.num_bytes == offset + size + 1024
     assert (record.first_key, record.last_key) == ("000000000", "000000003")
     for index, sample in enumerate(make_samples(range(10))):

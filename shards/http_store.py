@@ -212,7 +212,7 @@ class _Parallelism:
     threads that wait for one another cost CPU. It tries twice as many, or a third fewer, goes on while that is right,
     and otherwise turns round and looks again after ever longer pauses."""
 
-    WINDOW_SECONDS = 0.2
+    WINDOW_SECONDS = 0.5
     MOST_PAUSES = 16
 
     def __init__(self, most: int) -> None:
@@ -220,7 +220,8 @@ class _Parallelism:
         self.reads = self._kept = min(most, 8)
         self._rate = 0.0  # bytes/s of `_kept` at once
         self._is_rising = True
-        self._pauses, self._paused = 2, 0  # at first connections and memory are new
+        self._pauses, self._paused = 1, 0
+        self._is_settling = True  # connections and memory are new
         self._bytes = self._count = 0
         self._since = time.monotonic()
         self._lock = threading.Lock()
@@ -231,7 +232,10 @@ class _Parallelism:
             self._bytes, self._count = self._bytes + num_bytes, self._count + 1
             seconds = time.monotonic() - self._since
             if seconds > self.WINDOW_SECONDS and self._count >= 2 * self.reads:
-                self._adapt(self._bytes / seconds)
+                reads = self.reads
+                if not self._is_settling:
+                    self._adapt(self._bytes / seconds)
+                self._is_settling = self.reads != reads
                 self._since, self._bytes, self._count = time.monotonic(), 0, 0
 
     def _adapt(self, rate: float) -> None:

@@ -19,6 +19,9 @@ def bench_command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("root", help="folder or URL of a sealed data set")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--block-samples", type=int, default=8, help="neighbours that stay together (default: 8, as in configs/train)"
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each number of threads (default: 10)")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of reader threads to try")
     parser.add_argument("--fields", nargs="+", help="tensors to read (default: all)")
@@ -29,6 +32,7 @@ def bench_command(arguments: Sequence[str]) -> int:
         ShardLoader,
         options.root,
         batch_size=options.batch_size,
+        block_samples=options.block_samples,
         fields=options.fields and tuple(options.fields),
         checksums=not options.no_checksums,
         drop_last=False,

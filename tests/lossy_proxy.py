@@ -177,7 +177,6 @@ class _Handler(socketserver.BaseRequestHandler):
                 tail += upstream.recv(1 << 18)
             self.request.sendall(tail)
 
-
     def _splice(self, upstream: socket.socket, left: int) -> None:
         """Let the kernel pass bytes on by itself, so that a benchmark's proxy takes little from those it serves."""
         upstream.settimeout(None)

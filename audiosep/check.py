@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import soundfile
 import soxr
-from tqdm import tqdm
 
 from audiosep.catalogue import Catalogue, read_catalogue
 from audiosep.clips import Rejection, open_clip
 from audiosep.stft import hann_window
+from shards.progress import progress
 
 FINE, LEAKS = 0, 3
 SAMPLE_RATE = 8000
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         num_leaks += 1
         print(f"LEAK: recording {recording!r} is in {one} and in {other}")
     clips = [(split, number) for split, catalogue in splits.items() for number in range(len(catalogue))]
-    prints = [fingerprint(splits[split], number) for split, number in tqdm(clips, unit="clip", desc="fingerprints")]
+    prints = [fingerprint(splits[split], number) for split, number in progress(clips, unit="clip", desc="fingerprints")]
     for first, second in same_sounds(prints):
         (split, number), (other_split, other_number) = clips[first], clips[second]
         num_leaks += split != other_split

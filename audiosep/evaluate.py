@@ -14,7 +14,6 @@ import torch
 from lightning_fabric import Fabric
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from audiosep.benchmarks import BENCHMARKS, BenchmarkBatches, read_benchmark, upstream_mean
 from audiosep.config import command_parser, load_config
@@ -27,6 +26,7 @@ from audiosep.stft import istft
 from audiosep.system import AudioFormat, SeparationSystem, load_system, scores
 from shards.loader import LoaderConfig, ShardLoader
 from shards.manifest import load_manifest
+from shards.progress import progress
 from shards.storage import check_writable, open_store
 from shards.store import StorageConfig
 
@@ -137,7 +137,7 @@ def measure(
     """One row for each sample. `follows`: whether the estimate is nearer (SI-SDR) to what the query describes than to
     the mixture's other source."""
     rows: list[Row] = []
-    for batch in tqdm(batches, desc=f"evaluating {name}", unit="batch"):
+    for batch in progress(batches, desc=f"evaluating {name}", unit="batch"):
         batch = batch.to(device)
         estimate = separate(batch)
         target, mixture = system.target_and_mixture(batch)

@@ -12,9 +12,9 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from audiosep.config import build_config
+from shards.progress import progress
 from shards.storage import open_store
 from shards.store import StorageConfig, Store
 from shards.tar import Member, members
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     tars = [tar for pattern in options.tars for tar in braceexpand(pattern)]
     num_clips = num_silent = 0
     with open(options.output, "w", encoding="utf-8") as catalogue:
-        for tar in tqdm(tars, unit="tar", desc="index"):
+        for tar in progress(tars, unit="tar", desc="index"):
             path = tar if "://" in tar else os.path.relpath(tar, os.path.dirname(options.output) or ".")
             for row in index_tar(tar, storage):
                 if row.get("captions"):

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from shards.progress import progress
+
 if TYPE_CHECKING:
     from audiosep.dataset import Dataset, PrecomputeConfig
     from shards.writer import Record
@@ -101,8 +103,7 @@ def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
         return DONE
     failures: dict[int, str] = {}
     total = sum(len(plan.samples(index)) for index in unfinished)
-    interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
-    with tqdm(total=total, unit="sample", desc=config.root, mininterval=interval) as bar:
+    with progress(total=total, unit="sample", desc=config.root) as bar:
         for index, result in _render(dataset, tuple(unfinished), request, bar):
             if isinstance(result, str):
                 failures[index] = result

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from tqdm import tqdm
 
 from audiosep.clips import Rejection
 from audiosep.config import build_config
@@ -26,6 +25,7 @@ from audiosep.samples import Batch, decode
 from audiosep.stft import istft
 from shards.loader import ShardLoader
 from shards.manifest import Manifest, load_manifest
+from shards.progress import progress
 from shards.record import read_record
 from shards.storage import open_store
 from shards.store import StorageConfig, Store
@@ -83,7 +83,7 @@ def look(
         manifest, batch_size=batch_size, fields=names, drop_last=False, max_samples=num_samples, storage=storage
     )
     survey, examples, start = Survey(), list[tuple[Batch, int]](), time.perf_counter()
-    with tqdm(total=num_samples, unit="sample", desc="report") as bar:
+    with progress(total=num_samples, unit="sample", desc="report") as bar:
         for stored in loader:
             rows = range(len(stored.text)) if stored.valid is None else np.flatnonzero(stored.valid.numpy()).tolist()
             batch = decode(stored.keys, stored.text, stored.arrays, stored.valid).to("cpu")

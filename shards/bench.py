@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain, repeat
 
-from tqdm import tqdm
-
 from shards.loader import ShardLoader
+from shards.progress import progress
 
 
 def bench_command(arguments: Sequence[str]) -> int:
@@ -55,7 +54,7 @@ def _measure(loader: ShardLoader, seconds: float) -> float:
     """Samples/s of reading for about `seconds`; prints what it found."""
     num_samples, first_seconds = 0, 0.0
     started, cpu_started = time.perf_counter(), time.process_time()
-    with tqdm(desc=f"{loader.num_threads} threads", unit=" samples", disable=None, leave=False) as bar:
+    with progress(desc=f"{loader.num_threads} threads", unit=" samples", leave=False) as bar:
         for batch in chain.from_iterable(repeat(loader)):
             elapsed = time.perf_counter() - started
             first_seconds = first_seconds or elapsed

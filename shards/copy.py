@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import xxhash
 from pydantic import TypeAdapter
-from tqdm import tqdm
 
 from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, confirmed, format_ranges, parse_manifest
+from shards.progress import progress
 from shards.record import Record, encode_index, read_record
 from shards.storage import open_store
 from shards.store import StorageConfig, Store
@@ -34,7 +34,7 @@ def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
     stop = threading.Event()
     total = int(manifest.tar_bytes.sum())
     with (
-        tqdm(total=total, desc="copy", unit="B", unit_scale=True, disable=None) as bar,
+        progress(total=total, desc="copy", unit="B", unit_scale=True) as bar,
         ThreadPoolExecutor(jobs) as pool,
     ):
 
@@ -66,12 +66,12 @@ def copy_shard(
     target: Store,
     manifest: Manifest,
     index: int,
-    progress: Callable[[int], object],
+    copied: Callable[[int], object],
     stop: threading.Event,
 ) -> None:
     """Copy tar, index and record, the record last; nothing if the target has this very shard.
 
-    `progress` is told the bytes of the tar. Raises ValueError where the source is not what its manifest says, and
+    `copied` is told the bytes of the tar. Raises ValueError where the source is not what its manifest says, and
     InterruptedError soon after `stop` is set."""
     name = manifest.shard_name(index)
     record = read_record(source, name)
@@ -79,7 +79,7 @@ def copy_shard(
     if (record.checksum, record.index_checksum) != (manifest.checksum(index), manifest.index_checksum(index)):
         raise ValueError(f"{source.url}/{name}.json is not the record that the manifest was sealed with")
     if _has(target, name, record):
-        progress(record.num_bytes)
+        copied(record.num_bytes)
         return
     with target.writer(f"{name}.tar") as sink:
         state = xxhash.xxh3_64()
@@ -88,7 +88,7 @@ def copy_shard(
                 raise InterruptedError(f"{name} was not finished")
             state.update(piece)
             sink.write(piece)
-            progress(len(piece))
+            copied(len(piece))
         if state.hexdigest() != record.checksum:
             raise ValueError(
                 f"{source.url}/{name}.tar has the checksum {state.hexdigest()} and its record says {record.checksum}: "

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from tqdm import tqdm
 
+from shards.progress import progress
 from shards.record import FORMAT_VERSION, Record, examine, explain_invalid, read_index
 from shards.storage import open_store
 from shards.store import StorageConfig, Store
@@ -110,7 +110,7 @@ def survey(store: Store, plan: Plan, num_threads: int | None = None) -> Iterator
     hundred shards at a time. Raises ValueError for a shard that was made to another spec."""
     with (
         ThreadPoolExecutor(num_threads or max(16, store.concurrency)) as pool,
-        tqdm(total=plan.num_shards, desc="records", unit="shard", disable=None) as bar,
+        progress(total=plan.num_shards, desc="records", unit="shard") as bar,
     ):
         for found in pool.map(lambda hundred: _survey_hundred(store, plan, hundred), _hundreds(plan)):
             yield from found

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from shards.manifest import MANIFEST, Manifest, Plan, load_manifest, read_plan
+from shards.progress import progress
 from shards.record import SUFFIXES, Record, complete_record, key_digest
 from shards.store import Store
 from shards.tar import END, Sample, decode
@@ -53,7 +53,7 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
     buffers = threading.local()  # one for each thread, reused
     with (
         ThreadPoolExecutor(num_threads or max(os.cpu_count() or 1, store.concurrency)) as pool,
-        tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=None) as bar,
+        progress(total=total, desc="verify", unit="B", unit_scale=True) as bar,
     ):
         for index, found in zip(indices, pool.map(lambda i: _checked(store, plan, manifest, i, buffers), indices)):
             if isinstance(found, str):

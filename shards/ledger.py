@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,13 @@ class Iteration:
         return replace(self, positions=self.positions[chosen], cycles=self.cycles[chosen], keys=self.keys[chosen])
 
 
-def read_ledgers(paths: Iterable[str | os.PathLike[str]]) -> dict[str, list[Iteration]]:
+_HEADER = {item.name for item in fields(Iteration)} - {"positions", "cycles", "keys"}
+
+
+def read_ledgers(paths: Sequence[str | os.PathLike[str]]) -> dict[str, list[Iteration]]:
     """The iterations in ledger files, or folders of them, by the digest of the data set.
 
-    Raises ValueError for a line that is broken, unless it is where a process was killed."""
+    Raises ValueError if there are none, and for a line that is broken, unless it is where a process was killed."""
     found: dict[str, list[Iteration]] = {}
     for path in map(Path, paths):
         files = sorted(path.glob("rank-*.jsonl")) if path.is_dir() else [path]
@@ -73,6 +76,8 @@ def read_ledgers(paths: Iterable[str | os.PathLike[str]]) -> dict[str, list[Iter
         for file in files:
             for digest, iteration in _read_ledger(file):
                 found.setdefault(digest, []).append(iteration)
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: nothing was served yet, so there is nothing to prove.")
     return found
 
 
@@ -104,12 +109,14 @@ def _iteration(header: dict[str, Any], entries: Sequence[dict[str, Any]]) -> Ite
     def column(name: str) -> list[Any]:
         return [item for entry in entries for item in entry[name]]
 
+    if missing := _HEADER - header.keys():
+        raise ValueError(f"{header['place']} is no loader's: it has no {', '.join(sorted(missing))}.")
     keys = [0 if key is None else xxhash.xxh3_64_intdigest(key.encode()) for key in column("keys")]
     return Iteration(
         positions=np.array(column("positions"), np.int64),
         cycles=np.array([column("sources"), column("cycles")], np.int64).T,
         keys=np.array(keys, np.uint64),
-        **{item.name: header[item.name] for item in fields(Iteration) if item.name in header},
+        **{name: header[name] for name in _HEADER},
     )
 
 
@@ -136,7 +143,10 @@ class EpochAudit:
         return left < last.global_batch_size if last.drop_last else left == 0
 
     def __str__(self) -> str:
+        beyond = sum(len(part.positions) for part in self.standing) - self.served
         left = f"{self.epoch_samples - self.served} left out at the end" if self.is_over else "not over yet"
+        if beyond:
+            left += f" ({beyond} more came behind places that were not served)"
         replayed = sum(len(part.positions) for part in self.lost)
         damaged = sum(int((part.keys == 0).sum()) for part in self.standing)
         return (
@@ -168,7 +178,7 @@ def audit(iterations: Sequence[Iteration]) -> list[EpochAudit]:
         if audit.epoch < attempts[-1][0].epoch and not audit.is_over:
             audit.problems.append("the next epoch began although this one was not over")
         audit.problems += _double(audit)
-    audits[-1].problems += _twice_in_a_pass(audits)
+    audits[-1].problems += [*_twice_in_a_pass(audits), *_without_record(attempts[-1])]
     return audits
 
 
@@ -187,6 +197,14 @@ def _not_its_share(iteration: Iteration) -> Iterator[str]:
     share = share[share < iteration.epoch_samples][: len(iteration.positions)]
     if not np.array_equal(share, iteration.positions):
         yield f"{iteration.place}: rank {iteration.rank} was not served its share of each global batch"
+
+
+def _without_record(attempt: Sequence[Iteration]) -> Iterator[str]:
+    """A step needs all ranks, so none is two batches ahead of one that has not begun."""
+    unknown = sorted(set(range(attempt[0].world_size)) - {iteration.rank for iteration in attempt})
+    most = max(len(iteration.positions) for iteration in attempt)
+    if unknown and most > 2 * attempt[0].batch_size:
+        yield f"nothing is on record of rank {', '.join(map(str, unknown))} where others were served {most} samples"
 
 
 def _double(audit: EpochAudit) -> Iterator[str]:
@@ -238,12 +256,16 @@ def audit_command(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="shards audit", description=audit.__doc__)
     parser.add_argument("ledgers", nargs="+", help="ledger folders, or single rank-*.jsonl files of one training")
     options = parser.parse_args(arguments)
-    exact = True
+    exact = over = True
     for digest, iterations in read_ledgers(options.ledgers).items():
         sizes = sorted({iteration.world_size for iteration in iterations})
         print(f"data set {digest}: {len(_attempts(iterations))} iterations on {', '.join(map(str, sizes))} ranks")
         for result in audit(iterations):
             print(result)
             exact = exact and not result.problems
-    print("Every sample was served exactly once." if exact else "NOT every sample was served exactly once.")
+        over = over and result.is_over
+    if exact:
+        print("Every sample was served exactly once" + ("." if over else ", so far: the last epoch is not over."))
+    else:
+        print("NOT every sample was served exactly once.")
     return 0 if exact else 3

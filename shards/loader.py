@@ -3,14 +3,16 @@
 import logging
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field as Key
+from pydantic import TypeAdapter, ValidationError
 
 from shards.batches import Batch, BufferRing, Layout
 from shards.cache import cached
@@ -19,6 +21,7 @@ from shards.manifest import Manifest, load_manifest
 from shards.order import StreamOrder
 from shards.readahead import Filling, ReadAhead
 from shards.reader import CorruptSampleError, SampleReader
+from shards.record import explain_invalid
 from shards.storage import open_store
 from shards.store import StorageConfig
 from shards.tar import Field
@@ -33,18 +36,18 @@ Source = str | os.PathLike[str] | Manifest
 @dataclass(frozen=True)
 class LoaderConfig:
     batch_size: Annotated[int, Key(gt=0, description="samples of a batch on each rank")] = 16
-    fields: Annotated[tuple[str, ...] | None, Key(description="tensors to read, in this order; all when not given")] = (
-        None
-    )
+    fields: Annotated[
+        tuple[str, ...] | None, Key(min_length=1, description="tensors to read, in this order; all when not given")
+    ] = None
     seed: Annotated[int, Key(ge=0, description="seed of the order")] = 0
     shuffle: Annotated[bool, Key(description="another order for every epoch; otherwise that of the shards")] = True
     block_samples: Annotated[
         int, Key(gt=0, description="neighbours that stay together when shuffled, samples; more make longer reads")
     ] = 1
-    repeat: Annotated[int, Key(gt=0, description="passes over the data in an epoch")] = 1
+    repeat: Annotated[int, Key(gt=0, le=10**9, description="passes over the data in an epoch")] = 1
     max_samples: Annotated[
         int | None,
-        Key(gt=0, description="samples after which an epoch ends at the latest; the next goes on from there"),
+        Key(gt=0, description="samples after which an epoch ends at the latest; shuffled, the next goes on from there"),
     ] = None
     drop_last: Annotated[
         bool,
@@ -65,7 +68,7 @@ class LoaderConfig:
     on_corrupt: Annotated[
         Literal["fail", "skip"], Key(description="what a damaged sample does: raise, or leave its row invalid")
     ] = "fail"
-    max_skipped: Annotated[int, Key(ge=0, description="damaged samples that one rank skips before it raises")] = 100
+    max_skipped: Annotated[int, Key(ge=0, description="damaged samples that one rank skips in an epoch")] = 100
     float32: Annotated[bool, Key(description="widen 16-bit floats while reading (the GPU does it faster)")] = False
     pin_memory: Annotated[
         bool | Literal["auto"], Key(description="page-locked batches for fast copies to a GPU; auto: if there is one")
@@ -73,6 +76,9 @@ class LoaderConfig:
     read_timeout_seconds: Annotated[
         float, Key(gt=0, description="a read of a few samples that takes longer raises instead of hanging, seconds")
     ] = 300.0
+
+
+_CONFIG = TypeAdapter(LoaderConfig)
 
 
 @dataclass
@@ -122,18 +128,22 @@ class ShardLoader:
         storage: StorageConfig | None = None,
         **options: Any,
     ) -> None:
-        """`source`: a sealed root (path, URL or manifest), several of them to be mixed in proportion to their sizes, or
-        a mapping to the weights to mix them with. `options` override fields of `config`. `ledger`: a folder in which
-        what is served is recorded."""
+        """`source`: a sealed root (path, URL or manifest), several of them to be read as if they were one, or a mapping
+        to the weights to mix them with, each in passes of its own. `options` override fields of `config`. `ledger`: a
+        folder in which what is served is recorded."""
         if not 0 <= rank < world_size:
             raise ValueError(f"There is no rank {rank} of {world_size}; ranks go from 0 to world_size - 1.")
-        self.config = replace(config or LoaderConfig(), **options)
+        try:
+            self.config = _CONFIG.validate_python(asdict(replace(config or LoaderConfig(), **options)))
+        except ValidationError as error:
+            raise ValueError(f"The loader's {explain_invalid(error)}.") from None
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
         self.stats = LoaderStats()
         self._readers, self._weights = _open(source, storage, self.config)
-        self._manifest_digest = _digest(self._readers, self._weights)
+        self._order = self._make_order(self.config.seed, self.config.block_samples)
+        self._manifest_digest = _digest(self._readers, self._order)
         self.num_samples = sum(reader.manifest.num_samples for reader in self._readers) * self.config.repeat
         self.num_samples = min(self.num_samples, self.config.max_samples or self.num_samples)
         if self.config.drop_last and self.num_samples < self._global_batch_size:
@@ -149,10 +159,10 @@ class ShardLoader:
         pinned = torch.cuda.is_available() if self.config.pin_memory == "auto" else self.config.pin_memory
         self._ring = BufferRing(self._layout, self._prefetch + 2, pinned)
         self._ledger = Ledger(ledger, rank) if ledger is not None else None
-        self._seed = self.config.seed
-        self._block_samples = self.config.block_samples
         self._samples = 0  # of this epoch, yielded by all ranks together
         self._resuming = False
+        self._iteration: object = None  # the one that moves the place, until another begins or a place is set
+        self.sampler, self.batch_sampler = _LightningEpochs(self), None
 
     @property
     def _global_batch_size(self) -> int:
@@ -168,16 +178,21 @@ class ShardLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch comes next. When it is the one that a loaded state is in the middle of, it goes on there."""
+        if epoch < 0:
+            raise ValueError(f"There is no epoch {epoch}; they are counted from 0.")
         if epoch != self.epoch:
-            self.epoch, self._samples, self._resuming = epoch, 0, False
+            if self._resuming:
+                log.warning("The place of a loaded state, in epoch %d, gives way to epoch %d.", self.epoch, epoch)
+            self.epoch, self._samples, self._resuming, self._iteration = epoch, 0, False, None
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the order behind the last batch that was yielded: the same few integers on every rank."""
         return {
             "manifest_digest": self._manifest_digest,
             "epoch_samples": self.num_samples,
-            "seed": self._seed,
-            "block_samples": self._block_samples,
+            "shuffle": self.config.shuffle,
+            "seed": self._order.seed,
+            "block_samples": self._order.block_samples,
             "epoch": self.epoch,
             "samples": self._samples,
         }
@@ -185,21 +200,29 @@ class ShardLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken. Its seed and block size replace the config's: the order stays the same.
 
-        Raises ValueError if the data sets, or the length of an epoch, are others now."""
-        for name, now in (("manifest_digest", self._manifest_digest), ("epoch_samples", self.num_samples)):
-            if state[name] != now:
+        Raises ValueError if the data sets, the length of an epoch, or `shuffle` are others now."""
+        own = self.state_dict()
+        if missing := own.keys() - state.keys():
+            raise ValueError(f"This is no ShardLoader's state: it has no {', '.join(sorted(missing))}.")
+        for name in ("manifest_digest", "epoch_samples", "shuffle"):
+            if state[name] != own[name]:
                 raise ValueError(
-                    f"The state was taken from a loader whose {name} was {state[name]}; here it is {now}, so its place "
-                    "in the order has no meaning. Give the same data sets, weights, repeat and max_samples as then, or "
-                    "begin without the state."
+                    f"The state was taken from a loader whose {name} was {state[name]}; here it is {own[name]}, so its "
+                    "place in the order has no meaning. Give the same data sets, weights, repeat, max_samples and "
+                    "shuffle as then, or begin without the state."
                 )
-        self._seed, self._block_samples = state["seed"], state["block_samples"]
+        if state["epoch"] < 0 or not 0 <= state["samples"] <= self.num_samples:
+            raise ValueError(
+                f"The state's place, sample {state['samples']} of epoch {state['epoch']}, does not exist in epochs of "
+                f"{self.num_samples} samples."
+            )
+        self._order = self._make_order(state["seed"], state["block_samples"])
         self.epoch, self._samples = state["epoch"], state["samples"]
-        self._resuming = True
+        self._resuming, self._iteration = True, None
 
     def progress(self) -> list[Progress]:
         """For each data set of the mixture, how far it has been gone through at the place that `state_dict` gives."""
-        counts = self._order().counts(self._first_place(self.epoch) + self._samples)
+        counts = self._order.counts(self._first_place(self.epoch) + self._samples)
         manifests = [reader.manifest for reader in self._readers]
         return [Progress(each.url, each.num_samples, served) for each, served in zip(manifests, counts)]
 
@@ -207,11 +230,12 @@ class ShardLoader:
         if not self._resuming:
             self._samples = 0
         self._resuming = False
-        epoch, start = self.epoch, self._samples
+        self._iteration = iteration = object()
+        epoch, start, num_skipped = self.epoch, self._samples, 0
         num_batches = self._num_batches(start)
         if self._ledger:
             own = {"rank": self.rank, "world_size": self.world_size, "time": time.time()}
-            shape = {name: getattr(self.config, name) for name in ("batch_size", "drop_last", "shuffle")}
+            shape = {name: getattr(self.config, name) for name in ("batch_size", "drop_last")}
             self._ledger.write({**self.state_dict(), **own, **shape})
         empty = self._empty_batches(epoch, start, num_batches)
         ahead = ReadAhead(
@@ -227,8 +251,10 @@ class ShardLoader:
                 started = time.perf_counter()
                 filled = ahead.take()
                 self.stats.wait_seconds += time.perf_counter() - started
-                self._account(filled)
-                if step < num_batches:
+                num_skipped += self._account(filled, num_skipped)
+                if self._iteration is not iteration:
+                    pass  # the place is no longer ours to move
+                elif step < num_batches:
                     self.epoch, self._samples = epoch, min(start + step * self._global_batch_size, self.num_samples)
                 else:
                     self.epoch, self._samples = epoch + 1, 0
@@ -243,7 +269,7 @@ class ShardLoader:
 
     def _empty_batches(self, epoch: int, start: int, num_batches: int) -> Iterator[Filling]:
         """The batches of this rank from place `start` of the epoch on, each with what stands at its places."""
-        order, first_place = self._order(), self._first_place(epoch)
+        order, first_place = self._order, self._first_place(epoch)
         size = self.config.batch_size
         at_once = max(1, LOOKUP_SAMPLES // size)
         for step in range(0, num_batches, at_once):
@@ -253,33 +279,28 @@ class ShardLoader:
             for row, places in enumerate(positions):
                 yield Filling(places, self.num_samples, draws[row], self._layout, self._ring)
 
-    def _order(self) -> StreamOrder:
+    def _make_order(self, seed: int, block_samples: int) -> StreamOrder:
         sources = [(reader.manifest.digest, reader.manifest.num_samples) for reader in self._readers]
-        return StreamOrder(
-            sources,
-            self._weights,
-            seed=self._seed,
-            block_samples=self._block_samples,
-            shuffle=self.config.shuffle,
-        )
+        return StreamOrder(sources, self._weights, seed=seed, block_samples=block_samples, shuffle=self.config.shuffle)
 
     def _first_place(self, epoch: int) -> int:
         """Where in the stream an epoch begins: behind the one before, or without shuffling again at the beginning."""
         return epoch * self.num_samples if self.config.shuffle else 0
 
-    def _account(self, filled: Filling) -> None:
-        """Count what is about to be served and put it on record; raise for damage that is not to be skipped."""
-        damaged = sorted(filled.damaged)
-        for row in damaged:
+    def _account(self, filled: Filling, num_skipped: int) -> int:
+        """Count what is about to be served, put it on record, and return how many are skipped in addition to
+        `num_skipped` before; raise for damage that is not to be skipped."""
+        damaged = [row for row in sorted(filled.damaged) if filled.inside[row]]
+        for number, row in enumerate(damaged, num_skipped + 1):
             if self.config.on_corrupt == "fail":
                 raise filled.damaged[row]
             log.warning("Skipped: %s", filled.damaged[row])
+            if number > self.config.max_skipped:
+                raise CorruptSampleError(
+                    f"{number} damaged samples in this epoch on rank {self.rank}, more than max_skipped = "
+                    f"{self.config.max_skipped}; the last: {filled.damaged[row]}"
+                )
         self.stats.skipped += len(damaged)
-        if self.stats.skipped > self.config.max_skipped:
-            raise CorruptSampleError(
-                f"{self.stats.skipped} damaged samples on rank {self.rank}, more than max_skipped = "
-                f"{self.config.max_skipped}; the last: {filled.damaged[damaged[-1]]}"
-            )
         self.stats.samples += int(filled.valid.sum())
         self.stats.bytes += self._layout.num_bytes
         if self._ledger:
@@ -292,29 +313,51 @@ class ShardLoader:
                     "keys": [None if row in filled.damaged else filled.found[row][0] for row in own],
                 }
             )
+        return len(damaged)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A ShardLoader has threads, connections and memory of its own: make one in each process.")
+
+
+class _LightningEpochs:
+    """Where Lightning looks for a sampler, to say which epoch begins: so an epoch that it leaves early, or that a
+    checkpoint behind it ended, is not begun again. Its count may be another than ours, which a loaded state gives."""
+
+    def __init__(self, loader: ShardLoader) -> None:
+        self._loader = weakref.proxy(loader)  # in no circle, so that its memory is freed at once
+        self._ahead = 0  # our count is of Lightning's
+
+    def set_epoch(self, epoch: int) -> None:
+        loader = self._loader
+        if loader._resuming or epoch + self._ahead < loader.epoch:
+            self._ahead = loader.epoch - epoch
+        else:
+            loader.set_epoch(epoch + self._ahead)
 
 
 def _open(
     source: Source | Sequence[Source] | Mapping[Source, float], storage: StorageConfig | None, config: LoaderConfig
-) -> tuple[list[SampleReader], list[float]]:
-    """A reader and a weight for each data set of a mixture."""
+) -> tuple[list[SampleReader], list[float] | None]:
+    """A reader for each data set, and the weights to mix several with, if there are any."""
     sources = list(source) if isinstance(source, Mapping | Sequence) and not isinstance(source, str) else [source]
+    if not sources:
+        raise ValueError("There is no data set to read: the list of sources is empty.")
     readers = []
     for item in sources:
         store = open_store(item.url if isinstance(item, Manifest) else item, storage)
         manifest = item if isinstance(item, Manifest) else load_manifest(store)
         store = cached(store, manifest.digest)
         readers.append(SampleReader(manifest, store, config.fields, config.checksums))
-    weights = [float(w) for w in source.values()] if isinstance(source, Mapping) else None
-    return readers, weights or [float(reader.manifest.num_samples) for reader in readers]
+    weights = list(map(float, source.values())) if isinstance(source, Mapping) and len(readers) > 1 else None
+    return readers, weights
 
 
-def _digest(readers: Sequence[SampleReader], weights: Sequence[float]) -> str:
+def _digest(readers: Sequence[SampleReader], order: StreamOrder) -> str:
     """The identity of a data set, or of a mixture."""
     if len(readers) == 1:
         return readers[0].manifest.digest
-    mixture = repr([(reader.manifest.digest, weight) for reader, weight in zip(readers, weights)])
-    return sha256(mixture.encode()).hexdigest()[:32]
+    mixture = [[reader.manifest.digest for reader in readers], order.shares]
+    return sha256(repr(mixture).encode()).hexdigest()[:32]
 
 
 def _served_fields(readers: Sequence[SampleReader], float32: bool) -> tuple[Field, ...]:

@@ -105,7 +105,8 @@ class EpochOrder:
         return self._blocks(places // self.block_samples) * self.block_samples + places % self.block_samples
 
 
-MIXING_PERIOD = 10_000  # samples over which weights are kept exactly, up to 1 / MIXING_PERIOD each
+MIXING_PERIOD = 10_000  # blocks over which weights are kept exactly, up to 1 / MIXING_PERIOD each
+COUNTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -121,61 +122,85 @@ class Draws:
 
 
 class StreamOrder:
-    """The endless order of one or several data sets: pass after pass over each, interleaved by their weights.
+    """The endless order of one or several data sets, pass after pass, in which blocks of neighbours stay together.
 
-    In every MIXING_PERIOD places each data set has its share, shuffled among the others'. Its own n-th place takes
-    sample n % num_samples of its pass n // num_samples, so no sample comes twice before all have come once."""
+    Without weights all of them are one: each pass takes every sample of each once. With weights each data set makes
+    passes of its own, and has its share of the blocks in every MIXING_PERIOD, shuffled among the others'."""
 
     def __init__(
         self,
         sources: Sequence[tuple[str, int]],
-        weights: Sequence[float],
+        weights: Sequence[float] | None = None,
         *,
         seed: int,
         block_samples: int = 1,
         shuffle: bool = True,
     ) -> None:
-        """`sources`: digest and number of samples of each. `shuffle` False: every pass in the order of the shards."""
-        if len(weights) != len(sources) or not all(weight > 0 for weight in weights):
-            raise ValueError(f"{len(sources)} data sets need as many positive weights, not {list(weights)}.")
+        """`sources`: digest and number of samples of each. `shuffle` False: every pass in the order of the shards.
+
+        Raises ValueError for weights that cannot be kept."""
+        self.seed, self.block_samples, self.shuffle = seed, block_samples, shuffle
         self._sources = sources
-        self._seed = seed
-        self._block_samples = block_samples
-        self._shuffle = shuffle
+        self._starts = np.cumsum([0, *(size for _, size in sources)])
+        self.shares: list[int] | None = None  # of MIXING_PERIOD, of each data set
+        if weights is None:
+            return
+        if len(weights) != len(sources) or not all(0 < weight < np.inf for weight in weights):
+            raise ValueError(f"{len(sources)} data sets need as many positive weights, not {list(weights)}.")
+        if not shuffle:
+            raise ValueError(f"Weights {list(weights)} mix in random order: shuffle, or give the data sets as a list.")
         self._bounds = np.round(np.cumsum([0.0, *weights]) / sum(weights) * MIXING_PERIOD).astype(np.int64)
-        self._shares = np.diff(self._bounds)
-        if self._shares.min() == 0:
+        self.shares = np.diff(self._bounds).tolist()
+        if min(self.shares) == 0:
             raise ValueError(f"Weights {list(weights)}: the smallest is under 1/{MIXING_PERIOD} of the sum.")
 
     def __getitem__(self, places: ArrayLike) -> Draws:
         """What stands at these places of the stream, any integers from 0 on."""
         places = np.asarray(places, np.int64)
+        if self.shares is None:
+            digest = " ".join(digest for digest, _ in self._sources)
+            cycle, number = self._passes(digest, int(self._starts[-1]), places)
+            source = np.searchsorted(self._starts, number, side="right") - 1
+            return Draws(source, cycle, number - self._starts[source])
         source, turn = self._interleave(places)
-        num_samples = np.array([size for _, size in self._sources])[source]
-        cycle, position = np.divmod(turn, num_samples)
-        sample = position
-        if self._shuffle:
-            sample = np.empty_like(position)
-            for index, number in {*zip(source.ravel().tolist(), cycle.ravel().tolist())}:
-                digest, size = self._sources[index]
-                chosen = (source == index) & (cycle == number)
-                order = EpochOrder(size, self._block_samples, digest, self._seed, number)
-                sample[chosen] = order[position[chosen]]
+        cycle, sample = np.empty_like(turn), np.empty_like(turn)
+        for index, (digest, size) in enumerate(self._sources):
+            own = source == index
+            cycle[own], sample[own] = self._passes(digest, size, turn[own])
         return Draws(source, cycle, sample)
 
-    def counts(self, place: int) -> list[int]:
-        """How many of the places before this one were each data set's."""
-        period, slots = divmod(place, MIXING_PERIOD)
-        source, _ = self._interleave(period * MIXING_PERIOD + np.arange(slots))
-        return (period * self._shares + np.bincount(source, minlength=len(self._sources))).tolist()
+    def _passes(self, digest: str, size: int, turns: Integers) -> tuple[Integers, Integers]:
+        """Of a data set's own places: the pass over it, and the sample in it."""
+        cycle, sample = np.divmod(turns, size)
+        if self.shuffle:
+            for number in np.unique(cycle).tolist():
+                own = cycle == number
+                sample[own] = EpochOrder(size, self.block_samples, digest, self.seed, number)[sample[own]]
+        return cycle, sample
 
     def _interleave(self, places: Integers) -> tuple[Integers, Integers]:
         """Whose place it is, and how many that data set had before."""
-        if len(self._sources) == 1:
-            return np.zeros_like(places), places
-        period, slot = np.divmod(places, MIXING_PERIOD)
+        block, inside = np.divmod(places, self.block_samples)
+        period, slot = np.divmod(block, MIXING_PERIOD)
         for number in np.unique(period):
-            mixing = Permutation(MIXING_PERIOD, (self._seed, int(number)))
+            mixing = Permutation(MIXING_PERIOD, (self.seed, int(number)))
             slot[period == number] = mixing(slot[period == number])
         source = np.searchsorted(self._bounds, slot, side="right") - 1
-        return source, period * self._shares[source] + slot - self._bounds[source]
+        turn = period * np.diff(self._bounds)[source] + slot - self._bounds[source]
+        return source, turn * self.block_samples + inside
+
+    def counts(self, place: int) -> list[int]:
+        """How many of the places before this one were each data set's. Looks up those behind the last whole pass, or
+        MIXING_PERIOD: a third of a microsecond each."""
+        if len(self._sources) == 1:
+            return [place]
+        if self.shares is None:
+            round_places, each = int(self._starts[-1]), np.diff(self._starts)
+        else:
+            round_places, each = MIXING_PERIOD * self.block_samples, np.array(self.shares) * self.block_samples
+        first = place - place % round_places
+        counts = first // round_places * each
+        for start in range(first, place, COUNTED_AT_ONCE):
+            draws = self[np.arange(start, min(start + COUNTED_AT_ONCE, place))]
+            counts = counts + np.bincount(draws.source, minlength=len(self._sources))
+        return counts.tolist()

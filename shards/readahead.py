@@ -95,6 +95,8 @@ class ReadAhead:
         """The next batch, filled. Raises what its reading raised, and TimeoutError if a read is stuck."""
         with self._ready:
             while self._failure is None and not (self._begun and self._begun[0].num_unread == 0):
+                if not any(thread.is_alive() for thread in self._threads):
+                    raise RuntimeError("This iteration was begun in another process, in which its threads stayed.")
                 self._ready.wait(timeout=1.0)
                 self._check_progress()
             if self._failure is not None:

@@ -28,6 +28,8 @@ Found = tuple[str, dict[str, Any]] | CorruptSampleError  # a sample's key and te
 def select(fields: Sequence[Field], names: Sequence[str] | None) -> tuple[Field, ...]:
     """The fields of these names, in the order of the names (None: all). Raises ValueError for one that is not there."""
     by_name = {field.name: field for field in fields}
+    if len({*(names or ())}) < len(names or ()):
+        raise ValueError(f"Of the fields {', '.join(names or ())} one is named twice.")
     missing = [name for name in names or () if name not in by_name]
     if missing:
         raise ValueError(f"There is no field {missing[0]!r} in this data set, which has {', '.join(by_name)}.")
@@ -144,7 +146,9 @@ class SampleReader:
     def place(self, sample: int) -> str:
         """Where a sample stands, for people."""
         shard, row = self.manifest.locate(sample)
-        return f"sample {sample} (row {row} of {self.manifest.url}/{self.manifest.shard_name(shard)}.tar)"
+        name = f"sample {sample} (row {row} of {self.manifest.url}/{self.manifest.shard_name(shard)}.tar)"
+        known = self._shards.get(shard)
+        return f"{name} at byte {known[1][row, 0]}" if known else name
 
     def _read_sound(
         self, samples: Sequence[int], rows: Sequence[Sequence[memoryview]], margins: Sequence[Margins]

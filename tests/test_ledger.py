@@ -128,6 +128,25 @@ def test_whatever_is_not_exactly_once_is_named(ledger, change, complaint):
     assert audit_command([str(ledger)]) == 3
 
 
+def test_what_is_not_on_record_is_not_proved(ledger, capsys):
+    """A rank's ledger is lost, the last epoch is not over, nothing was served at all, or the file is something else."""
+    (ledger / "rank-00001.jsonl").rename(ledger / "kept")
+    assert "nothing is on record of rank 1 where others were served" in _problems(ledger)
+    assert audit_command([str(ledger)]) == 3
+    (ledger / "kept").rename(ledger / "rank-00001.jsonl")
+    _edit(ledger, 1, lambda lines: lines.__delitem__(slice(-3, None)))
+    capsys.readouterr()
+    assert audit_command([str(ledger)]) == 0
+    printed = capsys.readouterr().out
+    assert "not over yet (32 more came behind places that were not served)" in printed
+    assert printed.endswith("Every sample was served exactly once, so far: the last epoch is not over.\n")
+    for content, complaint in (("", "nothing to prove"), ('{"manifest_digest": "x"}\n', "line 1 is no loader's")):
+        for path in ledger.glob("rank-*"):
+            path.write_text(content)
+        with pytest.raises(ValueError, match=complaint):
+            audit_command([str(ledger)])
+
+
 def test_an_epoch_that_was_left_early_is_named(root, tmp_path):
     loader = ShardLoader(root, batch_size=16, ledger=tmp_path)
     next(iter(loader))

@@ -1,7 +1,11 @@
 """The loader serves every sample exactly once, to any number of ranks and threads, over any stops and changes."""
 
+import contextlib
 import gc
+import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,6 +21,7 @@ import pytorch_lightning
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytorch_lightning.callbacks import ModelCheckpoint
 from shard_data import make_data_set, make_sample
 
 from shards.loader import ShardLoader
@@ -32,6 +37,13 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "train"
     make_data_set(folder, num_samples=NUM_SAMPLES, samples_per_shard=10)
     return folder
+
+
+@pytest.fixture(scope="module")
+def two_roots(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other") / "train"
+    make_data_set(folder, num_samples=20, first=1000)
+    return [root, folder]
 
 
 def keys_of(batches) -> list[str]:
@@ -128,6 +140,77 @@ def test_a_state_of_another_data_set_or_epoch_length_is_refused(root, tmp_path):
         ShardLoader(tmp_path, batch_size=2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"epoch_samples was 61; here it is 122"):
         ShardLoader(root, batch_size=2, repeat=2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"shuffle was True; here it is False"):
+        ShardLoader(root, batch_size=2, shuffle=False).load_state_dict(state)
+    loader = ShardLoader(root, batch_size=2)
+    for samples in (-1, 62):
+        with pytest.raises(ValueError, match=f"sample {samples} of epoch 0, does not exist in epochs of 61"):
+            loader.load_state_dict(state | {"samples": samples})
+    with pytest.raises(ValueError, match="no ShardLoader's state: it has no block_samples, epoch,"):
+        loader.load_state_dict({})
+    with pytest.raises(ValueError, match="no epoch -1"):
+        loader.set_epoch(-1)
+
+
+def test_a_place_that_is_set_during_an_iteration_stays(root, caplog):
+    loader = ShardLoader(root, batch_size=4)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    next(batches)
+    loader.load_state_dict(state)
+    next(batches)
+    assert loader.state_dict() == state
+    following = next(iter(loader)).keys
+    loader.load_state_dict(state)
+    loader.set_epoch(0)
+    assert next(iter(loader)).keys == following
+    loader.load_state_dict(state)
+    loader.set_epoch(3)
+    assert "The place of a loaded state, in epoch 0, gives way to epoch 3." in caplog.messages
+    assert loader.state_dict() == state | {"epoch": 3, "samples": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"batch_size": 0}, "batch_size: Input should be greater than 0"),
+        ({"batch_size": -3}, "batch_size: "),
+        ({"num_threads": -1}, "num_threads: "),
+        ({"prefetch_bytes": 0}, "prefetch_bytes: "),
+        ({"block_samples": 0}, "block_samples: "),
+        ({"max_samples": 0}, "max_samples: "),
+        ({"repeat": 10**18}, "repeat: "),
+        ({"seed": -1}, "seed: "),
+        ({"on_corrupt": "Fail"}, "on_corrupt: Input should be 'fail' or 'skip'"),
+        ({"max_skipped": -1}, "max_skipped: "),
+        ({"read_timeout_seconds": 0}, "read_timeout_seconds: "),
+        ({"fields": ()}, "fields: "),
+        ({"fields": ("condition", "condition")}, "Of the fields condition, condition one is named twice"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(root, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        ShardLoader(root, **options)
+
+
+def test_an_iteration_that_a_fork_cut_off_from_its_threads_is_an_error(root):
+    batches = iter(ShardLoader(root, batch_size=2, prefetch_bytes=1))
+    next(batches)
+    time.sleep(0.5)  # all its threads are waiting now, so none holds a lock
+    pid = os.fork()
+    if not pid:
+        signal.alarm(30)
+        with contextlib.suppress(RuntimeError):
+            list(batches)
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_loader_is_not_pickled(root):
+    with pytest.raises(TypeError, match="make one in each process"):
+        pickle.dumps(ShardLoader(root))
 
 
 def test_a_batch_that_nobody_could_fill_is_refused(root):
@@ -160,6 +243,56 @@ def test_repeat_and_max_samples_cut_one_endless_stream_of_whole_passes(root):
     assert len(set(thrice[:61])) == 61
     loader = ShardLoader(root, batch_size=20, max_samples=20)
     assert [len(loader), *(key for _ in range(6) for key in keys_of(loader))] == [1, *thrice[:120]]
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_list_of_data_sets_is_read_as_one(two_roots, world_size, batch_size, block_samples, shuffle):
+    """Every epoch takes each sample of each once, in training and in evaluation."""
+    loaders = [
+        ShardLoader(
+            two_roots,
+            batch_size=batch_size,
+            block_samples=block_samples,
+            rank=rank,
+            world_size=world_size,
+            shuffle=shuffle,
+            drop_last=False,
+        )
+        for rank in range(world_size)
+    ]
+    everything = [f"{index:09d}" for index in (*range(NUM_SAMPLES), *range(1000, 1020))]
+    epochs = [[key for loader in loaders for key in keys_of(loader)] for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [everything] * 2
+    assert (epochs[0] == epochs[1]) == (not shuffle)
+    if shuffle:
+        assert [(each.served, each.passes) for each in loaders[0].progress()] == [(122, 2), (40, 2)]
+
+
+def test_sources_that_cannot_be_mixed_are_refused_at_once(root, two_roots):
+    first, second = map(str, two_roots)
+    for weights in ({first: 0, second: 1}, {first: float("inf"), second: 1}, {first: 1e-9, second: 1}):
+        with pytest.raises(ValueError, match="eights"):
+            ShardLoader(weights, batch_size=2)
+    with pytest.raises(ValueError, match="shuffle, or give the data sets as a list"):
+        ShardLoader({first: 1, second: 1}, batch_size=2, shuffle=False)
+    with pytest.raises(ValueError, match="no data set to read"):
+        ShardLoader([])
+    state = ShardLoader({first: 1, second: 2}, batch_size=2).state_dict()
+    ShardLoader({first: 2, second: 4}, batch_size=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="manifest_digest was"):
+        ShardLoader({first: 2, second: 1}, batch_size=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="manifest_digest was"):
+        ShardLoader(two_roots, batch_size=2).load_state_dict(state)
+
+
+def test_neighbours_stay_together_in_mixtures():
+    order = StreamOrder([("a", 800), ("b", 1600)], [1, 1], seed=0, block_samples=8)
+    draws = order[np.arange(2400)]
+    for block in range(0, 2400, 8):
+        samples = draws.sample[block : block + 8]
+        assert np.array_equal(samples, samples[0] + np.arange(8))
+        assert len({*draws.source[block : block + 8].tolist()}) == 1
 
 
 def test_mixtures_keep_weights_passes_and_places_over_a_restart(root, tmp_path):
@@ -247,8 +380,24 @@ def test_skipping_leaves_rows_invalid_and_all_ranks_in_step(damaged, tmp_path, c
 
 
 def test_more_damage_than_allowed_is_an_error(damaged):
-    with pytest.raises(CorruptSampleError, match="2 damaged samples on rank 0, more than max_skipped = 1"):
-        list(ShardLoader(damaged, batch_size=61, on_corrupt="skip", max_skipped=1))
+    loader = ShardLoader(damaged, batch_size=61, on_corrupt="skip", max_skipped=1)
+    for _ in range(2):
+        with pytest.raises(
+            CorruptSampleError, match="2 damaged samples in this epoch on rank 0, more than max_skipped"
+        ):
+            list(loader)
+    loader = ShardLoader(damaged, batch_size=61, on_corrupt="skip", max_skipped=3)
+    assert [len(list(loader)) for _ in range(4)] == [1] * 4, "the budget is that of an epoch"
+
+
+def test_rows_that_only_fill_up_a_batch_are_no_damage(tmp_path):
+    make_data_set(tmp_path, 3)
+    path = tmp_path / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1100])
+    loader = ShardLoader(tmp_path, batch_size=64, shuffle=False, drop_last=False, on_corrupt="skip", max_skipped=1)
+    [batch] = loader
+    assert loader.stats.skipped == 1
+    assert batch.valid.tolist() == [True, True] + [False] * 62
 
 
 def test_a_batch_without_one_sound_sample_is_zeros(tmp_path):
@@ -397,6 +546,45 @@ def test_lightning_trains_validates_and_resumes_exactly(root, tmp_path):
     rounds = len(whole.validated) // NUM_SAMPLES
     assert Counter(whole.validated[9:]) >= Counter(f"{index:09d}" for index in range(NUM_SAMPLES))
     assert rounds >= 4
+
+
+@pytest.mark.parametrize("max_samples", [None, 20])
+def test_lightning_goes_on_with_the_next_epoch_behind_one_that_ended(root, tmp_path, max_samples):
+    def fit(num_epochs: int, checkpoint: str | None, folder: Path) -> list[str]:
+        module = _Module()
+        trainer = pytorch_lightning.Trainer(
+            max_epochs=num_epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[ModelCheckpoint(folder, filename="end", enable_version_counter=False)],
+        )
+        trainer.fit(module, ShardLoader(root, batch_size=4, max_samples=max_samples), ckpt_path=checkpoint)
+        return module.trained
+
+    whole = fit(3, None, tmp_path / "whole")
+    first = fit(1, None, tmp_path / "first")
+    assert first + fit(3, str(tmp_path / "first" / "end.ckpt"), tmp_path / "second") == whole
+    assert len(whole) == 3 * len(first) == 3 * (max_samples or 60)
+    assert len(set(whole)) == (60 if max_samples else NUM_SAMPLES)
+
+
+def test_lightning_epochs_that_are_left_early_are_not_begun_again(root):
+    def fit(loader: ShardLoader, **options) -> list[str]:
+        module = _Module()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        pytorch_lightning.Trainer(accelerator="cpu", enable_checkpointing=False, **quiet, **options).fit(module, loader)
+        return module.trained
+
+    loader = ShardLoader(root, batch_size=4)
+    expected = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        expected += [key for _, batch in zip(range(5), loader) for key in batch.keys]
+    loader = ShardLoader(root, batch_size=4)
+    assert fit(loader, max_epochs=2, limit_train_batches=5) == expected[:40]
+    assert fit(loader, max_epochs=2, limit_train_batches=5)[20:] == expected[40:60], "a second fit goes on"
 
 
 def test_the_pages_code_runs_as_it_stands(tmp_path, monkeypatch):

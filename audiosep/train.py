@@ -1,7 +1,7 @@
 """`audiosep train`: shards into a model. The same command, given again, goes on from the last checkpoint.
 
-Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, or by a storage that stopped answering,
-with a checkpoint to go on from."""
+Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, or by a storage that went away or
+refused, with a checkpoint to go on from."""
 
 import logging
 import math
@@ -147,7 +147,8 @@ def train(config: TrainConfig) -> int:
     except TransferError as error:
         if trainer.global_step == first_step:  # it never worked: a mistake in the config, not an outage
             raise
-        print(f"audiosep train: {error} The same command goes on from the last checkpoint.", file=sys.stderr)
+        reason = str(error).rstrip(".")
+        print(f"audiosep train: {reason}. The same command goes on from the last checkpoint.", file=sys.stderr)
         return STOPPED
     return STOPPED if keeper.stopped else DONE
 

@@ -171,6 +171,15 @@ class Version:
         self.tag, self.size = self.tag or body.tag, body.size if self.size is None else self.size
 
 
+class RefusedError(TransferError, PermissionError):
+    """A remote place that kept refusing: 401, 403."""
+
+
+class AbsentError(TransferError, FileNotFoundError):
+    """An object that a remote place kept saying not to have: 404, 410."""
+
+
+_GIVEN_UP: dict[type[OSError], type[OSError]] = {PermissionError: RefusedError, FileNotFoundError: AbsentError}
 _WAKE_BYTES = 1 << 18  # that wait in the kernel before it wakes the reader of a long answer
 _PROGRESS_BYTES = 1 << 16  # what an attempt must bring to count as going on, and a connection in each stall_seconds
 
@@ -200,7 +209,7 @@ class _Patience:
         elapsed = time.monotonic() - self._since
         limit = min(filter(None, (attempts, failure.attempts, self._options.retry_attempts)))
         if self._attempts >= limit or elapsed + pause > self._options.retry_seconds:
-            raise failure.error(
+            raise _GIVEN_UP.get(failure.error, failure.error)(
                 f"{self._what}: gave up at byte {offset} after {self._all_attempts} attempts, the last "
                 f"{self._attempts} without progress in {elapsed:.1f} s; last reason: {failure}"
             ) from None

@@ -1,5 +1,6 @@
 """Training that starts, stops, dies and goes on: the same weights and the same samples as if nothing had happened."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lossy_proxy import LossyProxy
+from servers import HttpServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_data import config_of, make_shards, served, settings
 
@@ -100,6 +103,21 @@ def test_a_stop_signal_saves_the_step_and_says_so(tmp_path: Path, shards: Path):
     state = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
     place = state["ShardDataModule"]
     assert place["epoch"] * 12 * 8 + place["samples"] == state["global_step"] * 8 == num_served(tmp_path / "ledger") * 8
+
+
+def test_credentials_that_expire_in_mid_training_end_it_with_a_checkpoint_to_go_on_from(
+    tmp_path: Path, http_server: HttpServer, capsys: pytest.CaptureFixture[str]
+):
+    make_shards(http_server.files / "expiring", 100)
+    answers = itertools.count()
+    with LossyProxy(int(http_server.url.rpartition(":")[2])) as proxy:
+        proxy.draw = lambda: ("refused" if next(answers) > 60 else None, 0.0)  # 403
+        config = settings(tmp_path / "run", Path("train"), max_epochs=30, checkpoint_steps=5)
+        config["data"] |= {"train": f"{proxy.url}/expiring", "storage": {"backoff_seconds": 0.001}}
+        config["data"]["loader"]["prefetch_bytes"] = 1  # reading is at most a batch ahead
+        assert train(config_of(config)) == 75
+    assert "403 Forbidden. The same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] > 0
 
 
 def test_goes_on_with_another_batch_size_from_the_very_next_sample(tmp_path: Path, shards: Path):

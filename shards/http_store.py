@@ -17,12 +17,15 @@ import threading
 import time
 import urllib.request
 from abc import abstractmethod
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import NoReturn, Protocol
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from typing import NamedTuple, NoReturn, Protocol
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 import numpy as np
 
@@ -110,9 +113,9 @@ class RemoteStore(Store):
                     )
                 break
             except OutOfRangeError as error:
-                if end is not None or offset == start or error.size != offset:
+                if end is not None or offset != (error.size or 0):
                     raise
-                break  # all of it is here; an answer before this one had announced more than there is
+                break  # all of it is here: it is empty, or an answer before this one had announced too much
             except Failure as failure:
                 patience.wait(offset, failure, 1 if failure.error is FileNotFoundError and not expected else None)
             finally:
@@ -270,13 +273,14 @@ class HttpStore(RemoteStore):
     def __init__(self, url: str, options: StorageConfig) -> None:
         super().__init__(url, options)
         self._client = HttpClient(options)
+        parts = urlsplit(self.url.replace("#", "%23"))  # in a folder's name; fragments have no meaning here
+        self._quoted_url = parts._replace(path=_quoted(parts.path)).geturl()
 
     def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> "HttpBody":
         headers = {}
         if self.options.http_token_file:
-            token = Path(self.options.http_token_file).expanduser().read_text().strip()
-            headers = {"Authorization": f"Bearer {token}"}
-        return self._client.get(f"{self.url}/{quote(name)}", f"{self.url}/{name}", offset, end, headers)
+            headers = {"Authorization": f"Bearer {_token(self.options.http_token_file)}"}
+        return self._client.get(f"{self._quoted_url}/{quote(name)}", f"{self.url}/{name}", offset, end, headers)
 
     def size(self, name: str) -> int | None:
         version = Version()
@@ -312,6 +316,27 @@ class HttpStore(RemoteStore):
         )
 
 
+def _token(file: str) -> str:
+    """The token in a file, read for each request since such files are renewed. ValueError if it can be none."""
+    try:
+        token = Path(file).expanduser().read_text("ascii", "replace").strip()
+    except OSError as error:
+        raise ValueError(f"http_token_file {file} cannot be read: {error.strerror}. Name the token's file.") from None
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError(
+            f"http_token_file {file} does not hold a token, which is one line of ASCII characters without spaces."
+        )
+    return token
+
+
+def _quoted(url: str, encoding: str = "utf-8") -> str:
+    """A URL, or its path, with what may not stand in a request quoted; what is quoted already stays."""
+    return quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", url), safe="%:/?#[]@!$&'()*+,;=", encoding=encoding)
+
+
+_MAX_REDIRECTS = 5
+
+
 class HttpClient:
     """GET requests for ranges, over connections that are kept; safe in threads and after a fork."""
 
@@ -329,32 +354,55 @@ class HttpClient:
 
         `what` names the object in errors, because the URL may hold a signature. `authorization` goes to the server in
         the URL, never to those that it redirects to."""
-        headers = {"Accept-Encoding": "identity", "User-Agent": "audiosep-shards", "Connection": "keep-alive"}
-        if offset or end is not None:
-            headers["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
-        target = self._redirects.get(what, url)
-        for _ in range(6):
-            trusted = urlsplit(target)[:2] == urlsplit(url)[:2]
-            head = self._ask(urlsplit(target), headers | (authorization or {} if trusted else {}))
-            if head.status not in (301, 302, 303, 307, 308):
-                break
+        headers = {
+            "Accept-Encoding": "identity",
+            "User-Agent": "audiosep-shards",
+            "Connection": "keep-alive",
+            "Range": f"bytes={offset}-{'' if end is None else end - 1}",  # always, so that answers tell the whole size
+        }
+        try:
+            head = self._follow(url, what, headers, authorization or {})
+            if head.status in (200, 206):
+                return HttpBody(head, what, offset, end, self._options)
             head.release(reuse=False)
-            target = self._redirects[what] = urljoin(target, head.headers.get("location", ""))
-        if head.status in (200, 206):
-            return HttpBody(head, what, offset, end, self._options)
-        head.release(reuse=False)
-        self._redirects.pop(what, None)  # redirects carry signatures that expire
-        if head.status == 416:
-            size = head.headers.get("content-range", "").rpartition("/")[2]
-            raise OutOfRangeError(what, offset, int(size) if size.isdecimal() else None)
-        raise _failure(head)
+            if head.status == 416:
+                size = head.headers.get("content-range", "").rpartition("/")[2]
+                raise OutOfRangeError(what, offset, int(size) if size.isdecimal() else None)
+            raise _failure(head)
+        except BaseException:
+            self.forget_redirect(what)
+            raise
+
+    def _follow(self, url: str, what: str, headers: dict[str, str], authorization: dict[str, str]) -> "_Head":
+        """The first answer that is no redirect. Where an object was found last is where it is looked for next."""
+        target = self._redirects.get(what, url)
+        for _ in range(1 + _MAX_REDIRECTS):
+            parts = urlsplit(target)
+            head = self._ask(parts, headers | (authorization if parts[:2] == urlsplit(url)[:2] else {}))
+            if head.status not in (301, 302, 303, 307, 308):
+                return head
+            head.release(reuse=False)
+            location = head.headers.get("location")
+            if not location:
+                raise Failure(
+                    f"the server answered {head.reason}, no Location: for S3, is the region right?", attempts=3
+                )
+            target = urljoin(target, _quoted(location, "latin-1"))
+            if (scheme := urlsplit(target).scheme) not in ("http", "https"):
+                raise Failure(f"the server redirects to {scheme}:, and only http and https are followed", attempts=3)
+            self._redirects[what] = target
+        raise Failure(f"the server redirects in a circle, or more than {_MAX_REDIRECTS} times", attempts=3)
+
+    def forget_redirect(self, what: str) -> None:
+        """Ask the server itself next time: where it redirected to may be gone, or its signature expired."""
+        self._redirects.pop(what, None)
 
     def _ask(self, target: SplitResult, headers: dict[str, str]) -> "_Head":
         """Send a GET and read the answer's head. A kept connection that the server has closed meanwhile is replaced."""
         proxy = _proxy(target.scheme, target.netloc)
         resource = f"{target.path or '/'}{'?' + target.query if target.query else ''}"
         if proxy and target.scheme == "http":
-            resource = target.geturl()
+            resource, headers = target.geturl(), headers | proxy.headers
         lines = [
             f"GET {resource} HTTP/1.1",
             f"Host: {target.netloc}",
@@ -367,11 +415,13 @@ class HttpClient:
             try:
                 connection = kept or _connect(target, proxy, self._options)
                 connection.sendall(request)
-                return _Head(connection, self, (target.scheme, target.netloc), self._options.stall_seconds)
+                return _Head(connection, self, target, self._options.stall_seconds)
             except ssl.SSLCertVerificationError as error:
                 raise TransferError(
                     f"{target.scheme}://{target.netloc}: {error}. Set SSL_CERT_FILE to its CA."
                 ) from None
+            except (ValueError, http.client.InvalidURL) as error:
+                raise ValueError(f"{target.scheme}://{target.netloc} cannot be connected to: {error}.") from None
             except (OSError, Failure, http.client.HTTPException) as error:
                 if connection:
                     connection.close()
@@ -390,17 +440,26 @@ class HttpClient:
             self._idle.setdefault(origin, []).append(connection)
 
 
-def _connect(target: SplitResult, proxy: str | None, options: StorageConfig) -> socket.socket:
-    """A connection to a URL's server, with TLS for https and through a proxy where the environment names one."""
-    via = urlsplit(proxy) if proxy else target
+class _Proxy(NamedTuple):
+    host: str
+    port: int
+    headers: dict[str, str]  # with its password
+
+
+def _connect(target: SplitResult, proxy: _Proxy | None, options: StorageConfig) -> socket.socket:
+    """A connection to a URL's server, with TLS for https and through a proxy where the environment names one. Raises
+    ValueError if the URL can be no server's."""
+    if not target.hostname:
+        raise ValueError("it names no server")
+    host, port = (proxy.host, proxy.port) if proxy else (target.hostname, target.port)
     if target.scheme == "https":
         maker: http.client.HTTPConnection = http.client.HTTPSConnection(
-            via.hostname or "", via.port, timeout=options.stall_seconds, context=_tls()
+            host, port, timeout=options.stall_seconds, context=_tls()
         )
         if proxy:
-            maker.set_tunnel(target.hostname or "", target.port or 443)
+            maker.set_tunnel(target.hostname, target.port or 443, proxy.headers)
     else:
-        maker = http.client.HTTPConnection(via.hostname or "", via.port, timeout=options.stall_seconds)
+        maker = http.client.HTTPConnection(host, port, timeout=options.stall_seconds)
     maker.connect()
     connection = maker.sock
     if target.scheme != "https":  # the kernel watches the time, so that one call can fill much memory
@@ -417,18 +476,31 @@ def _tls() -> ssl.SSLContext:
 
 
 @functools.cache
-def _proxy(scheme: str, netloc: str) -> str | None:
-    """The URL of the proxy that the environment names for a server, as curl reads it (https_proxy, no_proxy, ...)."""
-    return None if urllib.request.proxy_bypass(netloc) else urllib.request.getproxies().get(scheme)
+def _proxy(scheme: str, netloc: str) -> _Proxy | None:
+    """The proxy that the environment names for a server, as curl reads it (https_proxy, all_proxy, no_proxy, ...)."""
+    proxies = urllib.request.getproxies()
+    url = proxies.get(scheme) or proxies.get("all")
+    if not url or urllib.request.proxy_bypass(netloc):
+        return None
+    with suppress(ValueError):  # its text could show the password
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme == "http" and parts.hostname:
+            secret = unquote(f"{parts.username}:{parts.password or ''}").encode()
+            headers = {"Proxy-Authorization": f"Basic {b64encode(secret).decode()}"} if parts.username else {}
+            return _Proxy(parts.hostname, parts.port or 80, headers)
+    raise ValueError(
+        f"The environment names a proxy for {scheme}://{netloc} that is not of the form [http://][USER:PASSWORD@]HOST:"
+        f"PORT. Others are not supported: set {scheme}_proxy to such a one, or no_proxy to go without."
+    )
 
 
 class _Head:
     """Status line and headers of an answer, with the connection that the rest comes from."""
 
     def __init__(
-        self, connection: socket.socket, client: HttpClient, origin: tuple[str, str], stall_seconds: float
+        self, connection: socket.socket, client: HttpClient, target: SplitResult, stall_seconds: float
     ) -> None:
-        self.connection, self._client, self._origin = connection, client, origin
+        self.connection, self.client, self.target = connection, client, target
         data, end, deadline = b"", -1, time.monotonic() + stall_seconds
         while end < 0:
             try:
@@ -450,7 +522,7 @@ class _Head:
 
     def release(self, reuse: bool) -> None:
         if reuse and self.keeps_alive:
-            self._client.keep(self._origin, self.connection)
+            self.client.keep((self.target.scheme, self.target.netloc), self.connection)
         else:
             self.connection.close()
 
@@ -458,21 +530,33 @@ class _Head:
 def _failure(head: _Head) -> Failure:
     """What an answer that brings no bytes means for another attempt."""
     reason = f"the server answered {head.reason}"
-    if head.status in (401, 403):  # credentials may have expired: once more with fresh ones
+    is_signed = bool(head.target.query)  # S3 answers 400 when the signing session has expired
+    if head.status in (401, 403) or (head.status == 400 and is_signed):  # once more with fresh credentials
         return Failure(reason, error=PermissionError, attempts=3)
     if head.status in (404, 410):
         return Failure(reason, error=FileNotFoundError, attempts=3)
     if head.status in (408, 425, 429) or head.status >= 500:
-        seconds = head.headers.get("retry-after", "")
-        return Failure(reason, retry_after=float(seconds) if seconds.isdecimal() else 0.0)
+        seconds = _retry_after(head.headers.get("retry-after", ""))
+        asked = f" and asks for {seconds:.0f} s of pause" if seconds else ""
+        return Failure(reason + asked, retry_after=seconds)
     return Failure(reason, attempts=1)
+
+
+def _retry_after(text: str) -> float:
+    """Seconds to wait that a server asked for as a number or date; 0.0 if it is neither or in the past."""
+    try:
+        if text.isdecimal():
+            return float(text)
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # the latter for a date without its zone
+        return 0.0
 
 
 class HttpBody:
     """The bytes of one answer, checked against what was asked for, and how fast they come."""
 
     def __init__(self, head: _Head, what: str, offset: int, end: int | None, options: StorageConfig) -> None:
-        self._head, self._stall_seconds = head, options.stall_seconds
+        self._head, self._what, self._stall_seconds = head, what, options.stall_seconds
         self._window_start, self._window_bytes = time.monotonic(), 0
         self._rest = memoryview(head.rest)
         self._skip = 0
@@ -533,7 +617,10 @@ class HttpBody:
 
     def close(self) -> None:
         """Give the connection back if all was read from it, close it otherwise."""
-        self._head.release(reuse=self._reusable and not self._remaining and not self._skip)
+        is_done = not self._remaining and not self._skip
+        if not is_done:
+            self._head.client.forget_redirect(self._what)
+        self._head.release(reuse=self._reusable and is_done)
 
 
 def _receive(connection: socket.socket, views: Sequence[memoryview]) -> int:
@@ -569,10 +656,20 @@ def _first_bytes(views: Sequence[memoryview], count: int) -> list[memoryview]:
 def _length(head: _Head) -> int:
     """Content-Length of an answer, without which a cut connection would look like the end."""
     encoding = head.headers.get("content-encoding", "identity")
-    text = head.headers.get("content-length", "")
-    if encoding != "identity" or not text.isdecimal():
-        raise Failure(f"the answer has Content-Length {text!r} and encoding {encoding!r}, so its end cannot be told")
-    return int(text)
+    if encoding != "identity":
+        raise Failure(
+            f"the server encodes its answers ({encoding}), which was not asked for, so that the object's own bytes are "
+            "not to be had; switch that off for these files",
+            attempts=3,
+        )
+    length, transfer = (head.headers.get(key, "") for key in ("content-length", "transfer-encoding"))
+    if transfer or not length.isdecimal():
+        raise Failure(
+            f"the server tells no length (Content-Length {length!r}, Transfer-Encoding {transfer!r}), so that a broken "
+            "connection would pass for the end; have it serve the files as they are, without a filter or gateway",
+            attempts=3,
+        )
+    return int(length)
 
 
 def _content_range(head: _Head) -> tuple[int, int, int | None]:

@@ -29,12 +29,15 @@ class Batch:
     positions: torch.Tensor
     """int64 [B]: places in the epoch's order."""
     lengths: dict[str, torch.Tensor] = field(default_factory=dict)
-    """int64 [B, axes], for fields whose samples differ in shape: the shape of each before it was padded with zeros."""
+    """int64 [B, axes] for each tensor of a batch that was collated from samples: the shape that each had before it was
+    padded with zeros. Samples of sealed data sets, by index, have one shape; nothing stands here for them."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The same batch with its tensors on another device."""
         arrays = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.arrays.items()}
-        return replace(self, arrays=arrays, valid=self.valid.to(device), positions=self.positions.to(device))
+        lengths = {name: tensor.to(device) for name, tensor in self.lengths.items()}
+        valid, positions = self.valid.to(device), self.positions.to(device)
+        return replace(self, arrays=arrays, valid=valid, positions=positions, lengths=lengths)
 
 
 @dataclass(frozen=True)

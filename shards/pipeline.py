@@ -4,12 +4,17 @@ Two ways begin here. `ShardSource` is the first stage of a webdataset.DataPipeli
 `SequentialLoader` reads any webdataset tars of .npy and .json members from their beginning to their end: files of
 strangers, `pipe:` commands, places without random access. Both end in `collate`, so their batches are alike."""
 
+import gzip
 import logging
+import os
+import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
+from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, cast
 
 import braceexpand
@@ -29,6 +34,9 @@ from shards.tar import Sample, members, parse_npy, parse_text
 log = logging.getLogger(__name__)
 
 NO_END = 1 << 62  # stands for the length of a stream, which is known only behind its end
+GZIP = b"\x1f\x8b"  # what every gzip begins with, and no tar that is read here: it is not UTF-8
+
+Url = str | os.PathLike[str]
 
 
 class ShardSource(IterableDataset):
@@ -36,20 +44,32 @@ class ShardSource(IterableDataset):
 
         webdataset.DataPipeline(ShardSource(root), webdataset.map(...), webdataset.batched(16, collation_fn=...))
 
-    Every iteration is the next epoch, split exactly over ranks and DataLoader workers. A sample is {"__key__", "json":
-    dict, "<field>.npy": array}; its arrays live in reused memory, which is theirs for as long as they live."""
+    Every iteration is the next epoch, split exactly over ranks and DataLoader workers. But workers that a DataLoader
+    starts anew for each epoch know only how far the main process has come: call `set_epoch` there before each, or all
+    are the same. A sample is {"__key__", "json": dict, "<field>.npy": array}; its arrays live in reused memory, which
+    is theirs for as long as they live."""
 
     def __init__(self, source: Any, *, rank: int = 0, world_size: int = 1, **options: Any) -> None:
-        """`source` and `options` as for ShardLoader."""
+        """`source` and `options` as for ShardLoader; `on_corrupt="skip"` on one rank only."""
         super().__init__()
         self._make_loader = partial(ShardLoader, source, batch_size=1, **options)
         self._rank, self._world_size = rank, world_size
         self.epoch = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is, here and in DataLoader workers that are started after this."""
+        self.epoch = epoch
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
         loader = self._make_loader(rank=self._rank * count + index, world_size=self._world_size * count)
+        if loader.config.on_corrupt == "skip" and self._world_size > 1:
+            raise ValueError(
+                f'on_corrupt="skip" leaves samples out here, so that {self._world_size} ranks would make unequal steps '
+                "and wait for each other for ever. Use ShardLoader, whose batches keep a row for each sample, or "
+                'on_corrupt="fail".'
+            )
         loader.set_epoch(self.epoch)
         self.epoch += 1
         for batch in loader:
@@ -65,13 +85,13 @@ class SequentialLoader:
     otherwise as many as the ranks agree on before every step, by torch.distributed. What goes beyond is left out in
     training; in evaluation (`drop_last` False) ranks that have run out repeat rows that are not `valid` instead.
 
-    Damage is an error: a tar that ends early, a sample that lacks a tensor, a shard of a sealed data set with other
-    than its number of samples. What cannot be had from a stream is a place to resume at: an epoch that was interrupted
-    begins again. Use ShardLoader where there is an index."""
+    Damage is an error: a tar, gzipped or not, that ends early, a sample that lacks a tensor, a shard of a sealed data
+    set with other than its number of samples. What cannot be had from a stream is a place to resume at: an epoch that
+    was interrupted begins again. Use ShardLoader where there is an index."""
 
     def __init__(
         self,
-        source: str | Sequence[str] | Manifest,
+        source: Url | Sequence[Url] | Manifest,
         *,
         batch_size: int,
         fields: Sequence[str] | None = None,
@@ -84,11 +104,17 @@ class SequentialLoader:
         num_workers: int = 0,
         drop_last: bool = True,
         stages: Sequence[Callable[[Iterable[Sample]], Iterable[Sample]]] = (),
+        read_timeout_seconds: float = 300.0,
     ) -> None:
-        """`source`: URLs as webdataset opens them, with braces expanded; or the manifest of a sealed data set.
+        """`source`: paths, or URLs as webdataset opens them, with braces expanded; or a sealed data set's manifest.
 
         `shuffle`: the order of the tars; `shuffle_samples`: size of webdataset's shuffle buffer behind it. `stages`
-        stand between decode and collate."""
+        stand between decode and collate. `read_timeout_seconds`: a batch that takes longer raises instead of hanging.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"There is no rank {rank} of {world_size}; ranks go from 0 to world_size - 1.")
+        if batch_size < 1 or (num_batches is not None and num_batches < 1):
+            raise ValueError(f"batch_size = {batch_size} and num_batches = {num_batches}: give 1 or more of each.")
         self._shards = _shards(source)
         num_readers = world_size * max(1, num_workers)
         if len(self._shards) < num_readers:
@@ -96,11 +122,16 @@ class SequentialLoader:
                 f"{len(self._shards)} tars cannot feed {num_readers} readers ({world_size} ranks with {num_workers} "
                 "workers): one would have nothing and all would wait for it. Use fewer, or more tars."
             )
-        in_step = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if world_size > 1 and num_batches is None and not in_step:
+        in_step = world_size > 1 and num_batches is None
+        if in_step and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError(
                 f"{world_size} ranks read tars whose samples nobody has counted: give num_batches, or initialise "
                 "torch.distributed so that the ranks can agree on when to stop."
+            )
+        if in_step and world_size != torch.distributed.get_world_size():
+            raise ValueError(
+                f"world_size is {world_size}, but the ranks that agree on when to stop are torch.distributed's "
+                f"{torch.distributed.get_world_size()}: they would wait for ever. Give that many, or num_batches."
             )
         log.warning("Sequential reading cannot resume within an epoch: after a restart the epoch begins again.")
         self.epoch = 0
@@ -108,7 +139,8 @@ class SequentialLoader:
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._shuffle_samples = seed, shuffle, shuffle_samples
         self._num_batches, self._num_workers, self._drop_last = num_batches, num_workers, drop_last
-        self._group = torch.distributed.new_group(backend="gloo") if in_step and num_batches is None else None
+        self._read_timeout_seconds = read_timeout_seconds
+        self._group = torch.distributed.new_group(backend="gloo") if in_step else None
 
     def __len__(self) -> int:
         if self._num_batches is None:
@@ -124,40 +156,86 @@ class SequentialLoader:
             order = Permutation(len(order), (self._seed, self.epoch))(order)
         own = [self._shards[index] for index in order[self._rank :: self._world_size]]
         self.epoch += 1
+        reading = [shard.url for shard in own]
         pipeline = webdataset.DataPipeline(
             partial(iter if self._num_batches is None else cycle, own),
             webdataset.split_by_worker,
-            read_shards,
+            partial(read_shards, reading=reading),
             webdataset.map(partial(decode, fields=self._fields)),
             *([webdataset.shuffle(self._shuffle_samples, seed=self._seed)] if self._shuffle_samples else []),
             *self._stages,
             webdataset.batched(self._batch_size, collation_fn=None, partial=not self._drop_last),
             webdataset.map(partial(collate, batch_size=self._batch_size)),
         )
-        batches = iter(DataLoader(pipeline, batch_size=None, num_workers=self._num_workers))
+        batches = self._pull(iter(DataLoader(pipeline, batch_size=None, num_workers=self._num_workers)), reading)
         if self._num_batches is None:
             yield from self._in_step(batches)
         else:
             yield from (next(batches) for _ in range(self._num_batches))
 
+    def _pull(self, batches: Iterator[Batch], reading: list[str]) -> Iterator[Batch]:
+        """The batches, each fetched when it is asked for by a thread that can be left behind when it is stuck.
+
+        `reading`: the URLs of the tars among which is the one being read."""
+        asked: SimpleQueue[bool] = SimpleQueue()
+        ready: SimpleQueue[Batch | BaseException | None] = SimpleQueue()
+        threading.Thread(None, _fetch, "SequentialLoader", (batches, asked, ready), daemon=True).start()
+        del batches  # the thread closes them, which may take as long as a read
+        try:
+            while True:
+                asked.put(True)
+                try:
+                    batch = ready.get(timeout=self._read_timeout_seconds)
+                except Empty:
+                    raise TimeoutError(
+                        f"No batch came for {self._read_timeout_seconds:g} s, read_timeout_seconds, from "
+                        f"{' or '.join(reading[:3])}{' or others' if len(reading) > 3 else ''}: the storage does not "
+                        "answer. Look at the file system, network or command, or allow more time."
+                    ) from None
+                if isinstance(batch, BaseException):
+                    raise batch
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            asked.put(False)
+
     def _in_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches for as many steps as all ranks have (or, in evaluation, as any rank has)."""
-        agree = torch.distributed.ReduceOp.MIN if self._drop_last else torch.distributed.ReduceOp.MAX
+        """The batches for as many steps as all ranks have (or, in evaluation, as any rank has), one at least."""
         last: Batch | None = None
         while True:
             batch = next(batches, None)
             going_on = torch.tensor(int(batch is not None))
             if self._group is not None:
+                all_must = self._drop_last or last is None  # in evaluation, too, each needs rows to fill up with
+                agree = torch.distributed.ReduceOp.MIN if all_must else torch.distributed.ReduceOp.MAX
                 torch.distributed.all_reduce(going_on, agree, self._group)
             if not going_on:
-                return
-            if batch is None and last is None:
-                raise ValueError(f"Rank {self._rank} has no sample to fill up an evaluation with: its tars are empty.")
-            if batch is None and last is not None:
+                break
+            if batch is None:
+                assert last is not None
                 batch = replace(last, valid=torch.zeros_like(last.valid))
-            assert batch is not None
             last = batch
             yield batch
+        if last is None:
+            raise ValueError(
+                f"The tars of {'another rank' if batch else f'rank {self._rank}'} do not have one batch of "
+                f"{self._batch_size} samples (drop_last = {self._drop_last}, {self._num_workers} workers): there would "
+                "be no step. Use smaller batches or fewer workers, or num_batches, which repeats the tars."
+            )
+        if batch:
+            log.info("Rank %d left out at least one batch, because another rank has no more.", self._rank)
+
+
+def _fetch(
+    batches: Iterator[Batch], asked: "SimpleQueue[bool]", ready: "SimpleQueue[Batch | BaseException | None]"
+) -> None:
+    """Put a batch, None behind the last, or what was raised, for every True that is asked."""
+    while asked.get():
+        try:
+            ready.put(next(batches, None))
+        except BaseException as error:  # would end this thread in silence while the consumer waits
+            ready.put(error)
 
 
 @dataclass(frozen=True)
@@ -176,16 +254,21 @@ class Shard:
             yield _ForwardFile(lambda size: bytes(next(pieces, b"")))
         else:
             with webdataset.gopen(self.url) as stream:
-                yield _ForwardFile(stream.read)
+                file = _ForwardFile(stream.read)
+                if file.peek(len(GZIP)) == GZIP:
+                    file = _ForwardFile(gzip.GzipFile(fileobj=cast(BinaryIO, file), mode="rb").read)
+                yield file
+                while file.read(1 << 20):  # behind the tar's end a gzip has its checksum
+                    pass
 
 
-def _shards(source: str | Sequence[str] | Manifest) -> list[Shard]:
+def _shards(source: Url | Sequence[Url] | Manifest) -> list[Shard]:
     if isinstance(source, Manifest):
         names = [f"{source.shard_name(index)}.tar" for index in range(source.num_shards)]
         counts = [len(source.plan.samples(index)) for index in range(source.num_shards)]
         return [Shard(name, source, count) for name, count in zip(names, counts)]
-    patterns = [source] if isinstance(source, str) else source
-    return [Shard(url) for pattern in patterns for url in braceexpand.braceexpand(pattern)]
+    patterns = [source] if isinstance(source, str | os.PathLike) else source
+    return [Shard(url) for pattern in patterns for url in braceexpand.braceexpand(os.fspath(pattern))]
 
 
 class _ForwardFile:
@@ -204,6 +287,13 @@ class _ForwardFile:
             pass
         return self._position
 
+    def peek(self, size: int) -> bytes:
+        """What `read` will give."""
+        data = self.read(size)
+        self._rest = data + self._rest
+        self._position -= len(data)
+        return data
+
     def read(self, size: int) -> bytes:
         """`size` bytes, or what is left."""
         pieces = [self._rest]
@@ -217,21 +307,27 @@ class _ForwardFile:
         return data[:size]
 
 
-def read_shards(shards: Iterable[Shard]) -> Iterator[dict[str, Any]]:
+def read_shards(shards: Iterable[Shard], reading: list[str]) -> Iterator[dict[str, Any]]:
     """The samples of tars as raw webdataset samples: {"__key__", "__url__", "json": bytes, "<field>.npy": bytes}.
 
-    Raises ValueError, with the tar's URL, for one that is broken, ends early, or has not its number of samples."""
+    `reading` is made to hold the URL of the tar that is being read. Raises ValueError, with the tar's URL, for one that
+    is broken, ends early, or has not its number of samples; and when tars without samples come round again."""
+    first_empty: Shard | None = None  # behind the last sample
     for shard in shards:
+        reading[:] = [shard.url]
         count = 0
         try:
+            if shard is first_empty:
+                raise ValueError("it comes round again, and neither it nor any tar read since has a sample")
             with shard.open() as file:
                 for sample in _group(file):
                     count += 1
                     yield {"__url__": shard.url, **sample}
             if shard.num_samples not in (None, count):
                 raise ValueError(f"it has {count} samples and not the {shard.num_samples} that it was sealed with")
-        except ValueError as error:
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{shard.url}: {error}") from None
+        first_empty = None if count else first_empty or shard
 
 
 def _group(file: _ForwardFile) -> Iterator[dict[str, Any]]:
@@ -278,23 +374,23 @@ def _decode_npy(data: bytes) -> np.ndarray:
 
 
 def collate(samples: Sequence[Sample], batch_size: int | None = None) -> Batch:
-    """Samples stacked to a batch. Where shapes differ they are padded with zeros, and `lengths` has the real ones.
+    """Samples stacked to a batch. Where shapes differ they are padded with zeros; `lengths` has the real ones.
 
-    `batch_size`: fill the batch up to it with rows that are not valid, copies of the first."""
+    `batch_size`: fill the batch up to it with rows that are not valid, copies of the first. Raises ValueError for
+    samples that differ in which tensors they have, or in a tensor's type or number of axes."""
     num_filled = max(0, (batch_size or 0) - len(samples))
     rows = [*samples, *[samples[0]] * num_filled]
     arrays, lengths = {}, {}
-    for name, first in samples[0].arrays.items():
-        column = [row.arrays.get(name) for row in rows]
-        if any(array is None or (array.ndim, array.dtype) != (first.ndim, first.dtype) for array in column):
+    for name in dict.fromkeys(name for row in samples for name in row.arrays):
+        column = [row.arrays[name] for row in rows if name in row.arrays]
+        if len(column) < len(rows) or len({(array.ndim, array.dtype) for array in column}) > 1:
             raise ValueError(f"Samples {[row.key for row in rows]} differ in {name}: they cannot stand in one batch.")
-        shapes = np.array([row.arrays[name].shape for row in rows])
-        stacked = np.zeros((len(rows), *shapes.max(axis=0)), first.dtype)
-        for target, row in zip(stacked, rows):
-            target[tuple(map(slice, row.arrays[name].shape))] = row.arrays[name]
+        shapes = np.array([array.shape for array in column], np.int64)
+        stacked = np.zeros((len(rows), *shapes.max(axis=0)), column[0].dtype)
+        for row, array in enumerate(column):
+            stacked[row, ...][tuple(map(slice, array.shape))] = array
         arrays[name] = torch.from_numpy(stacked)
-        if (shapes != shapes[0]).any():
-            lengths[name] = torch.from_numpy(shapes)
+        lengths[name] = torch.from_numpy(shapes)
     valid = torch.arange(len(rows)) < len(samples)
     positions = torch.full((len(rows),), -1)
     return Batch([row.key for row in rows], [dict(row.text) for row in rows], arrays, valid, positions, lengths)

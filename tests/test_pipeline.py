@@ -1,12 +1,17 @@
 """webdataset pipelines over our shards and over strangers' tars: the same tensors, damage refused, ranks in step."""
 
+import contextlib
+import gzip
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,11 +78,36 @@ def test_shard_source_is_split_over_ranks_and_workers(root):
     assert sorted(keys) == [f"{index:09d}" for index in range(57)]
 
 
+def test_dataloader_workers_started_anew_follow_the_epoch_that_was_set(root):
+    source = ShardSource(root, drop_last=False, num_threads=1)
+    loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=2)
+    orders = []
+    for epoch in (0, 1, 0):
+        source.set_epoch(epoch)
+        orders.append([sample["__key__"] for sample in loader])
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_dataloader_workers_that_persist_advance_by_themselves(root):
+    source = ShardSource(root, drop_last=False, num_threads=1)
+    loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=1, persistent_workers=True)
+    first, second = ([sample["__key__"] for sample in loader] for _ in range(2))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_shard_source_skips_on_one_rank_only(root):
+    assert len(list(ShardSource(root, on_corrupt="skip"))) == 57
+    with pytest.raises(ValueError, match="2 ranks would make unequal steps"):
+        next(iter(ShardSource(root, rank=1, world_size=2, on_corrupt="skip")))
+
+
 def test_foreign_tars_by_braces_are_padded_with_lengths(foreign):
-    loader = SequentialLoader(f"{foreign}/part-{{0..3}}.tar", batch_size=4, drop_last=False)
+    loader = SequentialLoader(foreign / "part-{0..3}.tar", batch_size=4, drop_last=False)
     seen = set()
     for batch in loader:
-        lengths = batch.lengths["x"] if batch.lengths else torch.tensor([batch.arrays["x"].shape[1:]] * 4)
+        lengths = batch.lengths["x"]
         for row, key in enumerate(batch.keys):
             index = int(key.rpartition("/")[2])
             assert lengths[row].tolist() == [2, index + 1]
@@ -125,6 +155,29 @@ def _npy(array) -> bytes:
     return buffer.getvalue()
 
 
+def test_gzipped_tars_are_read_by_whatever_name(foreign, tmp_path):
+    paths = [tmp_path / "a.tar.gz", tmp_path / "b.tgz"]
+    for path in paths:
+        path.write_bytes(gzip.compress((foreign / "part-0.tar").read_bytes()))
+    [plain] = SequentialLoader(foreign / "part-0.tar", batch_size=7)
+    batches = list(SequentialLoader([*paths, f"pipe:cat {paths[0]}", f"pipe:zcat {paths[0]}"], batch_size=7))
+    assert len(batches) == 4
+    for batch in batches:
+        assert batch.keys == plain.keys
+        assert torch.equal(batch.arrays["x"], plain.arrays["x"])
+
+
+@pytest.mark.parametrize(("place", "cut"), [(0, 1), (0, 4), (0, 200), (100, 0), (-6, 0)])
+def test_damaged_gzips_are_refused_with_their_name(tmp_path, place, cut):
+    """Bytes lost at the end, or one changed in the middle or in the checksum."""
+    tar = _tar(tmp_path / "sound.tar", {"0.x.npy": _npy(np.random.default_rng(0).random(99))})
+    data = bytearray(gzip.compress(Path(tar).read_bytes()))
+    data[place] ^= 0 if cut else 1
+    (tmp_path / "bad.tar.gz").write_bytes(data[: len(data) - cut])
+    with pytest.raises(ValueError, match=r"bad\.tar\.gz: "):
+        list(SequentialLoader(tmp_path / "bad.tar.gz", batch_size=1))
+
+
 @pytest.mark.parametrize(
     ("files", "cut", "complaint"),
     [
@@ -162,23 +215,115 @@ def test_samples_that_cannot_stand_in_one_batch_are_named():
         collate(samples)
 
 
+def test_samples_must_have_the_same_tensors_in_whatever_order_they_come():
+    both, one = Sample("a", {}, {"x": np.zeros(3), "y": np.zeros(3)}), Sample("b", {}, {"x": np.zeros(3)})
+    for samples in ([both, one], [one, both]):
+        with pytest.raises(ValueError, match="differ in y"):
+            collate(samples)
+
+
+def test_scalars_are_collated_to_one_number_each(tmp_path):
+    url = _tar(tmp_path / "scalars.tar", {f"{index}.x.npy": _npy(np.float32(index)) for index in range(3)})
+    [batch] = SequentialLoader(url, batch_size=3)
+    assert torch.equal(batch.arrays["x"], torch.arange(3, dtype=torch.float32))
+    assert batch.lengths["x"].shape == (3, 0)
+
+
+def test_lengths_are_there_for_equal_shapes_and_move_with_the_batch():
+    batch = collate([Sample("a", {}, {"x": np.zeros((2, 5))})], batch_size=2)
+    assert batch.lengths["x"].tolist() == [[2, 5], [2, 5]]
+    assert batch.valid.tolist() == [True, False]
+    assert batch.to("meta").lengths["x"].device.type == "meta"
+
+
 def test_readers_that_would_run_dry_are_refused(foreign):
     with pytest.raises(ValueError, match="4 tars cannot feed 5 readers"):
         SequentialLoader(f"{foreign}/part-{{0..3}}.tar", batch_size=4, world_size=5, num_batches=1)
+    with pytest.raises(ValueError, match="no rank 2 of 2"):
+        SequentialLoader(f"{foreign}/part-{{0..3}}.tar", batch_size=4, rank=2, world_size=2, num_batches=1)
+    for wrong in ({"batch_size": 0}, {"batch_size": 4, "num_batches": 0}):
+        with pytest.raises(ValueError, match=r"= 0.*give 1 or more"):
+            SequentialLoader(f"{foreign}/part-{{0..3}}.tar", **wrong)
     with pytest.raises(ValueError, match="give num_batches"):
         SequentialLoader(f"{foreign}/part-{{0..3}}.tar", batch_size=4, world_size=2)
 
 
+def test_an_epoch_without_a_batch_is_an_error(foreign, tmp_path):
+    with pytest.raises(ValueError, match="rank 0 do not have one batch of 20 samples"):
+        list(SequentialLoader(foreign / "part-0.tar", batch_size=20))
+    empty = _tar(tmp_path / "empty.tar", {})
+    with pytest.raises(ValueError, match="rank 0 do not have one batch"):
+        list(SequentialLoader(empty, batch_size=1, drop_last=False))
+
+
+def test_tars_without_samples_are_not_repeated_for_ever(foreign, tmp_path):
+    empty = [_tar(tmp_path / f"empty-{index}.tar", {}) for index in range(2)]
+    with pytest.raises(ValueError, match=r"empty-0\.tar: it comes round again"):
+        list(SequentialLoader(empty, batch_size=1, num_batches=1, shuffle=False))
+    urls = [empty[0], empty[0], empty[1], foreign / "part-0.tar"]
+    assert len(list(SequentialLoader(urls, batch_size=7, num_batches=3, shuffle=False))) == 3
+
+
+@pytest.fixture
+def stuck(tmp_path):
+    """A tar that never comes, a named pipe that nobody writes to. Once it ends no loader may have a thread left."""
+    path = tmp_path / "stuck.tar"
+    os.mkfifo(path)
+    yield path
+    for thread in threading.enumerate():
+        while thread.name == "SequentialLoader" and thread.is_alive():
+            with contextlib.suppress(OSError):  # nobody waits for it yet
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            thread.join(0.1)
+
+
+@pytest.mark.parametrize(("num_workers", "tars"), [(0, r"\S*stuck\.tar"), (1, r"\S*part-0\.tar or \S*stuck\.tar")])
+def test_a_stuck_read_is_an_error_that_names_the_tar(foreign, stuck, num_workers, tars):
+    urls, options = [foreign / "part-0.tar", stuck], {"num_workers": num_workers, "read_timeout_seconds": 0.3}
+    with pytest.raises(TimeoutError, match=rf"0\.3 s, read_timeout_seconds, from {tars}: "):
+        list(SequentialLoader(urls, batch_size=7, shuffle=False, **options))
+
+
+def test_an_interrupt_comes_through_a_stuck_read(stuck):
+    batches = iter(SequentialLoader(stuck, batch_size=1))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+
+
+def test_a_process_ends_though_a_read_is_stuck(stuck):
+    program = f"""
+        from shards.pipeline import SequentialLoader
+        try:
+            list(SequentialLoader("{stuck}", batch_size=1, read_timeout_seconds=0.1))
+        except TimeoutError:
+            print("left")
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=120, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout) == (0, b"left\n")
+
+
+def test_an_iterator_left_early_waits_for_nothing_and_ends_its_thread(tmp_path, stuck):
+    """Not even for a command that has more to do before it ends."""
+    tar = _tar(tmp_path / "large.tar", {f"{index}.x.npy": _npy(np.zeros(50000)) for index in range(3)})
+    for batch in SequentialLoader(f"pipe:cat {tar}; cat {stuck}", batch_size=1):
+        assert batch.keys == ["0"]
+        break
+    assert "SequentialLoader" in [thread.name for thread in threading.enumerate()]  # waiting for the command
+
+
 def test_uneven_tars_on_two_ranks_of_torchrun_make_equal_steps(foreign, tmp_path):
-    """Part 0 and 2 have 12 samples, 1 and 3 have 10: training leaves some out, evaluation fills up."""
+    """Part 0 and 2 have 12 samples, 1 and 3 have 10: training leaves some out, evaluation fills up. With 11 in a batch
+    neither rank makes a step. And a rank may read alone."""
     script = tmp_path / "ranks.py"
     script.write_text(
         textwrap.dedent(
             f"""
-            import json, sys, torch.distributed as dist
+            import json, logging, sys, torch.distributed as dist
             from shards.pipeline import SequentialLoader
             dist.init_process_group("gloo")
             rank, size = dist.get_rank(), dist.get_world_size()
+            logging.basicConfig(filename="{tmp_path}/log." + str(rank), level=logging.INFO)
             result = {{}}
             for drop_last in (True, False):
                 loader = SequentialLoader("{foreign}/part-{{0..3}}.tar", batch_size=2, rank=rank, world_size=size,
@@ -189,6 +334,14 @@ def test_uneven_tars_on_two_ranks_of_torchrun_make_equal_steps(foreign, tmp_path
             loader = SequentialLoader("{foreign}/part-{{0..3}}.tar", batch_size=2, rank=rank, world_size=size,
                                       num_batches=11)
             result["repeated"] = [len(list(loader)), []]
+            for name, other in (("none", dict(batch_size=11)), ("others", dict(batch_size=2, world_size=3))):
+                try:
+                    list(SequentialLoader("{foreign}/part-{{0..3}}.tar", shuffle=False,
+                                          **dict(rank=rank, world_size=size) | other))
+                except ValueError as error:
+                    result[name] = str(error)
+            if rank == 0:
+                result["alone"] = len(list(SequentialLoader("{foreign}/part-0.tar", batch_size=1)))
             json.dump(result, open("{tmp_path}/" + str(rank), "w"))
             dist.destroy_process_group()
             """
@@ -203,3 +356,9 @@ def test_uneven_tars_on_two_ranks_of_torchrun_make_equal_steps(foreign, tmp_path
         f"a/b/{index}" for shard in range(4) for index in range(shard * 7, shard * 7 + 7 - shard)
     )
     assert first["repeated"][0] == second["repeated"][0] == 11
+    assert "another rank do not have one batch of 11" in first["none"]
+    assert "rank 1 do not have one batch of 11" in second["none"]
+    assert "world_size is 3" in first["others"]
+    assert first["alone"] == 7
+    assert "Rank 0 left out at least one batch" in (tmp_path / "log.0").read_text()
+    assert "left out" not in (tmp_path / "log.1").read_text()

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 
 from audiosep.queries import Encoder, QueryConfig, make_encoder
-from audiosep.samples import CONDITION, Batch, decode
+from audiosep.samples import CONDITION, Batch, decode, open_manifest
 from audiosep.system import AudioFormat
 from shards.loader import LoaderConfig, ShardLoader
-from shards.manifest import Manifest, load_manifest
+from shards.manifest import Manifest
 from shards.storage import open_store
 from shards.store import StorageConfig
 
@@ -58,7 +58,7 @@ class ShardDataModule(pl.LightningDataModule):
         self._state: dict[str, Any] = {}
 
     def manifest(self, root: str) -> Manifest:
-        return load_manifest(open_store(root, self.config.storage))
+        return open_manifest(open_store(root, self.config.storage))
 
     def _format(self, root: str) -> AudioFormat:
         spec = self.manifest(root).spec

@@ -20,12 +20,11 @@ from audiosep.config import command_parser, load_config
 from audiosep.datamodule import Batches
 from audiosep.metrics import si_sdr, summarise
 from audiosep.queries import QueryConfig, make_encoder
-from audiosep.samples import Batch
+from audiosep.samples import Batch, open_manifest
 from audiosep.separate import encoder_of
 from audiosep.stft import istft
 from audiosep.system import AudioFormat, SeparationSystem, load_system, scores
 from shards.loader import LoaderConfig, ShardLoader
-from shards.manifest import load_manifest
 from shards.progress import progress
 from shards.storage import check_writable, open_store
 from shards.store import StorageConfig
@@ -107,7 +106,7 @@ def _open(config: EvaluateConfig, system: SeparationSystem) -> Batches | Benchma
         queries = config.queries or QueryConfig()
         return BenchmarkBatches(items, system.audio, windows, encoder_of(system, queries, config.storage))
     store = open_store(config.shards, config.storage)
-    manifest = load_manifest(store)
+    manifest = open_manifest(store)
     encoder = make_encoder(config.queries, storage=config.storage) if config.queries else None
     audio = AudioFormat.of(manifest.spec, encoder.identity if encoder else "")
     if audio != system.audio:

@@ -16,9 +16,9 @@ from audiosep.config import build_config
 from audiosep.dataset import ORIGIN
 from audiosep.mixing import Mixture, mix
 from audiosep.recipes import Recipe, Source
-from audiosep.samples import CONDITION, Encoder, Rendered
+from audiosep.samples import CONDITION, Encoder, Rendered, open_manifest
 from audiosep.stft import StftConfig
-from shards.manifest import Manifest, load_manifest
+from shards.manifest import Manifest
 from shards.storage import open_store
 from shards.store import StorageConfig, Store
 from shards.tar import Sample
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"{options.key!r} is no key: keys are the samples' numbers, such as 000000123.")
     storage = build_config(StorageConfig, json.loads(options.options), "--options")
     store = open_store(options.root, storage)
-    manifest = load_manifest(store)
+    manifest = open_manifest(store)
     if int(options.key) >= manifest.num_samples:
         raise ValueError(f"{options.root} has samples 0 to {manifest.num_samples - 1}, not {options.key}.")
     stored = read_sample(store, manifest, int(options.key))

@@ -21,10 +21,10 @@ import torch
 from audiosep.clips import Rejection
 from audiosep.config import build_config
 from audiosep.explain import folders_of, render
-from audiosep.samples import Batch, decode
+from audiosep.samples import Batch, decode, open_manifest
 from audiosep.stft import istft
 from shards.loader import ShardLoader
-from shards.manifest import Manifest, load_manifest
+from shards.manifest import Manifest
 from shards.progress import progress
 from shards.record import read_record
 from shards.storage import open_store
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     storage = build_config(StorageConfig, json.loads(options.options), "--options")
     store = open_store(options.root, storage)
-    manifest = load_manifest(store)
+    manifest = open_manifest(store)
     survey, examples = look(manifest, storage, min(options.samples, manifest.num_samples), options.examples)
     folders = options.clips or (folders_of(store) if store.size("origin.json") is not None else [])
     page = "".join(compose(store, manifest, survey, [show(*each, manifest, folders, storage) for each in examples]))

@@ -10,9 +10,22 @@ import torch
 from audiosep.mixing import Mixture
 from audiosep.recipes import Recipe, Source
 from audiosep.stft import Precision, Representation, StftConfig, Transform, stored_shape
+from shards.manifest import Manifest, load_manifest
+from shards.store import Store
 from shards.tar import Sample as StoredSample
 
 MIXTURE, SEGMENT, CONDITION = "stft_mixture", "stft_segment", "condition"
+
+
+def open_manifest(store: Store) -> Manifest:
+    """The manifest of a data set of ours. Raises ValueError for one whose spec is not that of `audiosep precompute`."""
+    manifest = load_manifest(store)
+    if missing := {"clips", "stft", "shards", "catalogue", "query_encoder"} - manifest.spec.keys():
+        raise ValueError(
+            f"{store.url} was not made by audiosep precompute: its spec says nothing of {', '.join(sorted(missing))}. "
+            "ShardLoader and the shards commands read it; what deals with audio does not."
+        )
+    return manifest
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ strangers, `pipe:` commands, places without random access. Both end in `collate`
 import gzip
 import logging
 import os
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -28,7 +29,8 @@ from shards.batches import Batch
 from shards.loader import ShardLoader
 from shards.manifest import Manifest
 from shards.order import Permutation
-from shards.storage import open_store
+from shards.storage import open_object
+from shards.store import StorageConfig
 from shards.tar import Sample, members, parse_npy, parse_text
 
 log = logging.getLogger(__name__)
@@ -105,8 +107,10 @@ class SequentialLoader:
         drop_last: bool = True,
         stages: Sequence[Callable[[Iterable[Sample]], Iterable[Sample]]] = (),
         read_timeout_seconds: float = 300.0,
+        storage: StorageConfig | None = None,
     ) -> None:
-        """`source`: paths, or URLs as webdataset opens them, with braces expanded; or a sealed data set's manifest.
+        """`source`: paths and URLs, with braces expanded, and anything else that webdataset opens; or the manifest of a
+        sealed data set. `storage`: how buckets and servers are spoken to.
 
         `shuffle`: the order of the tars; `shuffle_samples`: size of webdataset's shuffle buffer behind it. `stages`
         stand between decode and collate. `read_timeout_seconds`: a batch that takes longer raises instead of hanging.
@@ -115,7 +119,7 @@ class SequentialLoader:
             raise ValueError(f"There is no rank {rank} of {world_size}; ranks go from 0 to world_size - 1.")
         if batch_size < 1 or (num_batches is not None and num_batches < 1):
             raise ValueError(f"batch_size = {batch_size} and num_batches = {num_batches}: give 1 or more of each.")
-        self._shards = _shards(source)
+        self._shards = _shards(source, storage)
         num_readers = world_size * max(1, num_workers)
         if len(self._shards) < num_readers:
             raise ValueError(
@@ -243,32 +247,38 @@ class Shard:
     """A tar to be read from beginning to end."""
 
     url: str
+    storage: StorageConfig | None = None
     manifest: Manifest | None = None  # of the sealed data set that it belongs to
     num_samples: int | None = None
 
     @contextmanager
     def open(self) -> Iterator["_ForwardFile"]:
         """A file that can be read and, forward only, positioned."""
-        if self.manifest:
-            pieces = open_store(self.manifest.url).stream(self.url)
-            yield _ForwardFile(lambda size: bytes(next(pieces, b"")))
-        else:
-            with webdataset.gopen(self.url) as stream:
-                file = _ForwardFile(stream.read)
-                if file.peek(len(GZIP)) == GZIP:
-                    file = _ForwardFile(gzip.GzipFile(fileobj=cast(BinaryIO, file), mode="rb").read)
-                yield file
-                while file.read(1 << 20):  # behind the tar's end a gzip has its checksum
-                    pass
+        with ExitStack() as stack:
+            if self.manifest or _REMOTE.match(self.url):
+                url = f"{self.manifest.url}/{self.url}" if self.manifest else self.url
+                store, name = open_object(url, self.storage)
+                pieces = store.stream(name)
+                file = _ForwardFile(lambda size: bytes(next(pieces, b"")))
+            else:
+                file = _ForwardFile(stack.enter_context(webdataset.gopen(self.url)).read)
+            if file.peek(len(GZIP)) == GZIP:
+                file = _ForwardFile(gzip.GzipFile(fileobj=cast(BinaryIO, file), mode="rb").read)
+            yield file
+            while file.read(1 << 20):  # behind the tar's end a gzip has its checksum
+                pass
 
 
-def _shards(source: Url | Sequence[Url] | Manifest) -> list[Shard]:
+_REMOTE = re.compile(r"(s3|gs|az|abfss?|https?)://[^?]*$")  # what our storage reads, and webdataset through pipes
+
+
+def _shards(source: Url | Sequence[Url] | Manifest, storage: StorageConfig | None) -> list[Shard]:
     if isinstance(source, Manifest):
         names = [f"{source.shard_name(index)}.tar" for index in range(source.num_shards)]
         counts = [len(source.plan.samples(index)) for index in range(source.num_shards)]
-        return [Shard(name, source, count) for name, count in zip(names, counts)]
+        return [Shard(name, storage, source, count) for name, count in zip(names, counts)]
     patterns = [source] if isinstance(source, str | os.PathLike) else source
-    return [Shard(url) for pattern in patterns for url in braceexpand.braceexpand(os.fspath(pattern))]
+    return [Shard(url, storage) for pattern in patterns for url in braceexpand.braceexpand(os.fspath(pattern))]
 
 
 class _ForwardFile:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 from audio import open_dataset, small_config, waveform, write_catalogue
+from shard_data import make_data_set
 
+from audiosep.cli import main as audiosep
 from audiosep.explain import main
 from shards.manifest import load_manifest, seal
 from shards.verify import read_sample
@@ -79,3 +81,17 @@ def test_clips_that_moved_are_asked_for(sealed, tmp_path, capsys):
 def test_a_key_that_is_none(sealed, key, message):
     with pytest.raises(ValueError, match=message):
         main([str(sealed[0]), key])
+
+
+@pytest.mark.parametrize("command", ["explain", "report", "train"])
+def test_a_data_set_of_others_is_named_as_such(tmp_path, command, capsys):
+    make_data_set(tmp_path / "other", 3)
+    root = str(tmp_path / "other")
+    arguments = {
+        "explain": [root, "000000001"],
+        "report": [root],
+        "train": ["--config", "configs/train/default.yaml", "--data.train", root, "--data.valid", root],
+    }
+    assert audiosep([command, *arguments[command]]) == 2
+    expected = f"{root} was not made by audiosep precompute: its spec says nothing of clips, query_encoder, "
+    assert expected in capsys.readouterr().err

@@ -29,8 +29,7 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path, storage: Stor
     buffer = io.BytesIO()
     torch.save(content, buffer)
     store, name = open_object(path, storage)
-    with store.writer(name) as sink:  # in parts: a bucket takes 5 GB at once, and a broken connection costs one part
-        sink.write(buffer.getbuffer())
+    store.write(name, buffer.getbuffer())
 
 
 def read_checkpoint(path: str | Path, storage: StorageConfig | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from audiosep.stft import Precision, Representation, StftConfig
 from shards.manifest import SPEC, Plan, bind, read_plan, survey
 from shards.record import Record, examine
 from shards.storage import open_store
-from shards.store import StorageConfig, Store
+from shards.store import StorageConfig, Store, anew
 from shards.tar import Sample, canonical_json
 from shards.writer import write_shard
 
@@ -184,6 +184,7 @@ class Dataset:
         )
 
         def samples() -> Iterator[Sample]:
+            rejected.clear()
             renderer = Renderer(self.recipes, self.config, rejected)
             for number in numbers:
                 before_sample()
@@ -194,14 +195,16 @@ class Dataset:
 
         self.store.sweep(f"{name}.")  # what a killed worker left of this shard
         with _one_thread():
-            return write_shard(
-                self.store,
-                name,
-                samples(),
-                num_samples=len(numbers),
-                spec_digest=self.plan.spec_digest,
-                rejected=rejected,
-                dtypes=encoder.dtypes,
+            return anew(
+                lambda: write_shard(
+                    self.store,
+                    name,
+                    samples(),
+                    num_samples=len(numbers),
+                    spec_digest=self.plan.spec_digest,
+                    rejected=rejected,
+                    dtypes=encoder.dtypes,
+                )
             )
 
     def _condition(self, rendered: Rendered) -> np.ndarray | None:

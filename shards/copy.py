@@ -13,7 +13,7 @@ from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, confirmed
 from shards.progress import progress
 from shards.record import Record, encode_index, read_record
 from shards.storage import open_store
-from shards.store import StorageConfig, Store
+from shards.store import StorageConfig, Store, anew
 from shards.tar import canonical_json
 from shards.verify import verify
 
@@ -40,7 +40,7 @@ def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
 
         def attempt(index: int) -> None:
             try:
-                copy_shard(source, target, manifest, index, bar.update, stop)
+                anew(lambda: copy_shard(source, target, manifest, index, bar.update, stop))
             except (ValueError, OSError, EOFError) as error:
                 failed[index] = str(error)
 

@@ -6,6 +6,7 @@ code where such a URL is computed locally (s3), since that fills the caller's me
 
 import itertools
 import logging
+import math
 import os
 import queue
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,8 +25,8 @@ import obstore
 import obstore.store
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
-from shards.http_store import Body, Failure, HttpClient, OutOfRangeError, RemoteStore
-from shards.store import Buffer, Sink, StorageConfig, TransferError, as_bytes, check_name
+from shards.http_store import Body, Failure, HttpClient, OutOfRangeError, RemoteStore, _Patience
+from shards.store import Buffer, Sink, StorageConfig, TransferError, UploadError, as_bytes, check_name
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Client
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SIGNED_SECONDS = 3600
+PARTS_AT_ONCE = 2  # of one upload; several uploads run beside one another
+SMALL_BYTES = 1 << 16  # that any connection sends in stall_seconds
 
 
 class ObjectStore(RemoteStore):
@@ -44,17 +48,18 @@ class ObjectStore(RemoteStore):
         self._scheme, self._bucket, self._prefix = parts.scheme, parts.netloc, parts.path.strip("/")
         self._signs = parts.scheme == "s3" and options.signed_urls and not options.anonymous
         self._http = HttpClient(options)
-        self._client: Client | None = None
+        self._clients: dict[bool, Client] = {}  # for requests with large bodies, and for all others
         self._urls: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
     def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> Body:
         if anew:
-            self._client = None  # the next one reads the environment and the profiles again
+            self._clients = {}  # the next ones read the environment and the profiles again
         if self._signs:
             return self._http.get(self._signed(name, anew), f"{self.url}/{name}", offset, end)
+        client = self._connect()
         try:
-            return _ClientBody(self._connect(), name, offset, end)
+            return _ClientBody(client, name, offset, end)
         except (BaseError, OSError) as error:
             if "416 Range Not Satisfiable" in str(error):
                 raise OutOfRangeError(f"{self.url}/{name}", offset) from None
@@ -72,7 +77,7 @@ class ObjectStore(RemoteStore):
 
     def size(self, name: str) -> int | None:
         try:
-            return self._ask(name, lambda client: obstore.head(client, name))["size"]
+            return self._ask(name, lambda client: obstore.head(client, name), expected=False)["size"]
         except FileNotFoundError:
             return None
 
@@ -81,7 +86,7 @@ class ObjectStore(RemoteStore):
         check_name(name)
         sink = _PartSink(self.options.part_bytes)
         with ThreadPoolExecutor(1) as thread:
-            upload = thread.submit(self._put, name, sink.parts(), multipart=True)
+            upload = thread.submit(self._upload, name, sink.parts())
             sink.feeds(upload)
             try:
                 yield sink
@@ -91,15 +96,44 @@ class ObjectStore(RemoteStore):
                 raise
         upload.result()
 
+    def _upload(self, name: str, parts: Iterator[bytearray]) -> None:
+        """Put an object of one part like any small one; a larger one in parts, which are gone when it fails."""
+        first = list(itertools.islice(parts, 2))
+        if len(first) < 2:
+            self.write(name, first[0] if first else b"")
+            return
+        client = self._connect(uploads=True)
+        try:
+            self._put(client, name, itertools.chain(first, parts), in_parts=True)
+        except (BaseError, OSError) as error:
+            self._clients = {}
+            raise UploadError(
+                f"{self.url}/{name}: the upload failed and has to begin anew: {_reason(error)}."
+            ) from None
+
     def write(self, name: str, data: Buffer) -> None:
-        self._put(name, as_bytes(data), multipart=False)
+        view = as_bytes(data)
+        in_parts = view.nbytes > self.options.part_bytes
+        self._ask(check_name(name), lambda client: self._put(client, name, view, in_parts), view.nbytes)
 
     def create(self, name: str, data: Buffer) -> bool:
+        view, attempts = as_bytes(data), 0
+
+        def put(client: "Client") -> None:
+            nonlocal attempts
+            attempts += 1
+            self._put(client, name, view, mode="create")
+
         try:
-            self._put(name, as_bytes(data), multipart=False, mode="create")
-        except FileExistsError:
-            return False
+            self._ask(check_name(name), put)
+        except FileExistsError:  # perhaps by an earlier attempt of ours whose answer was lost
+            return attempts > 1 and self.read(name) == view
         return True
+
+    def _put(self, client: "Client", name: str, data: Any, in_parts: bool = False, mode: Any = None) -> None:
+        part, at_once = self.options.part_bytes, PARTS_AT_ONCE
+        obstore.put(client, name, data, mode=mode, use_multipart=in_parts, chunk_size=part, max_concurrency=at_once)
+        self._versions.pop(name, None)  # what we replaced ourselves may be read anew
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         folder = prefix[: prefix.rfind("/") + 1].rstrip("/")
@@ -120,7 +154,7 @@ class ObjectStore(RemoteStore):
 
     def delete(self, name: str) -> None:
         try:
-            self._ask(check_name(name), lambda client: obstore.delete(client, name))
+            self._ask(check_name(name), lambda client: obstore.delete(client, name), expected=False)
         except FileNotFoundError:
             return
 
@@ -151,25 +185,28 @@ class ObjectStore(RemoteStore):
             log.warning("Unfinished uploads to %s cannot be swept, which costs only money: %s", self.url, error)
         return swept
 
-    def _put(self, name: str, data: Any, multipart: bool, mode: Any = None) -> None:
-        part = self.options.part_bytes
-        self._ask(
-            check_name(name),
-            lambda client: obstore.put(
-                client, name, data, mode=mode, use_multipart=multipart, chunk_size=part, max_concurrency=4
-            ),
-        )
-        self._versions.pop(name, None)  # what we replaced ourselves may be read anew
+    def _ask(self, name: str, request: Callable[["Client"], T], upload_bytes: int = 0, expected: bool = True) -> T:
+        """What a request brings, made again as reads are; its errors are named by our URL and free of secrets.
 
-    def _ask(self, name: str, request: Callable[["Client"], T]) -> T:
-        """What a request brings, its errors named by our URL and free of signatures."""
-        try:
-            return request(self._connect())
-        except (BaseError, OSError) as error:
-            raise _kind(error)(f"{self.url}/{name}: {_reason(error)}") from None
+        Only an object that is `expected` is looked for more than once. One that is put in parts is put three times at
+        most, however long that takes: parts that came through are progress that only the client sees."""
+        in_parts = upload_bytes > self.options.part_bytes
+        options = replace(self.options, retry_seconds=math.inf) if in_parts else self.options
+        patience = _Patience(f"{self.url}/{name}", options)
+        while True:
+            client = self._connect(uploads=upload_bytes > SMALL_BYTES)
+            try:
+                return request(client)
+            except (BaseError, OSError) as error:
+                failure = _failure(error)
+            if failure.error is FileExistsError or (failure.error is FileNotFoundError and not expected):
+                raise failure.error(f"{self.url}/{name}: {failure}")
+            if failure.error is PermissionError:
+                self._clients = {}  # the next ones read the environment and the profiles again
+            patience.wait(0, failure, 3 if in_parts else None)
 
-    def _connect(self) -> "Client":
-        """The client of this process, made when it is first needed."""
+    def _connect(self, uploads: bool = False) -> "Client":
+        """The client of this process for large bodies or all else, made when it is first needed."""
         _PROCESSES.add(os.getpid())
         if len(_PROCESSES) > 1:
             raise RuntimeError(
@@ -177,9 +214,10 @@ class ObjectStore(RemoteStore):
                 "it. Start processes with the spawn or forkserver method, or use threads."
             )
         with self._lock:
-            if self._client is None:
-                self._client = _make_client(self._scheme, self.url, self.options)
-            return self._client
+            clients = self._clients
+            if uploads not in clients:
+                clients[uploads] = _make_client(self._scheme, self.url, self.options, uploads)
+            return clients[uploads]
 
 
 _PROCESSES: set[int] = set()  # that used obstore, as known here: a forked child inherits its parent's
@@ -190,7 +228,11 @@ def _sign(client: "Client", name: str) -> str:
     return obstore.sign(client, "GET", name, timedelta(seconds=SIGNED_SECONDS))
 
 
-def _make_client(scheme: str, url: str, options: StorageConfig) -> "Client":
+def _make_client(scheme: str, url: str, options: StorageConfig, uploads: bool) -> "Client":
+    """A client that is quick to notice silence, or one for `uploads`: its clocks run while a body is sent, too, so they
+    must allow for all the parts that share a slow link. It sends each part again by itself; else we do.
+
+    Raises ValueError for settings that cannot be right."""
     config: dict[str, Any] = {"endpoint": options.endpoint, "skip_signature": options.anonymous or None}
     provider = None
     if scheme == "s3":
@@ -201,19 +243,22 @@ def _make_client(scheme: str, url: str, options: StorageConfig) -> "Client":
             except ModuleNotFoundError:
                 raise ValueError(f"{url}: the AWS profile or credentials file needs `pip install boto3`.") from None
             provider = Boto3CredentialProvider()
-    seconds = timedelta(seconds=1)
+    second = timedelta(seconds=1)
+    upload_seconds = options.stall_seconds * (1 + PARTS_AT_ONCE * options.part_bytes / (1 << 20))
+    if uploads:
+        timeouts = {"timeout": upload_seconds * second}
+        attempts, seconds = options.retry_attempts, options.retry_seconds + upload_seconds
+    else:
+        timeouts = {"timeout": options.retry_seconds * second, "read_timeout": options.stall_seconds * second}
+        attempts, seconds = 1, options.retry_seconds
     return obstore.store.from_url(  # type: ignore[call-overload]
         url,
         config={key: value for key, value in config.items() if value is not None},
-        client_options={
-            "allow_http": True,  # where the endpoint says so
-            "read_timeout": options.stall_seconds * seconds,
-            "timeout": options.retry_seconds * seconds,
-        },
+        client_options={"allow_http": True, **timeouts},  # where the endpoint says so
         retry_config={
-            "max_retries": options.retry_attempts - 1,
-            "retry_timeout": options.retry_seconds * seconds,
-            "backoff": {"init_backoff": options.backoff_seconds * seconds, "max_backoff": 15 * seconds, "base": 2},
+            "max_retries": attempts - 1,
+            "retry_timeout": seconds * second,
+            "backoff": {"init_backoff": options.backoff_seconds * second, "max_backoff": 15 * second, "base": 2},
         },
         **({"credential_provider": provider} if provider else {}),
     )
@@ -256,23 +301,35 @@ class _ClientBody:
 
 
 def _failure(error: Exception) -> Failure:
+    """What an obstore error means for another attempt."""
     kind = _kind(error)
-    return Failure(_reason(error), error=kind, attempts=None if kind is TransferError else 3)
+    is_final = re.search(r"status code: 4(?!08|09|25|29)|redirect", str(error))  # nothing to do with the network
+    return Failure(_reason(error), error=kind, attempts=None if kind is TransferError and not is_final else 3)
 
 
 def _kind(error: Exception) -> type[OSError]:
     """The built-in error that says what an obstore error means."""
+    text = str(error)
     if isinstance(error, AlreadyExistsError):
         return FileExistsError
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in str(error):  # as lists do
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
         return PermissionError
-    return FileNotFoundError if isinstance(error, FileNotFoundError) else TransferError
+    missing = isinstance(error, FileNotFoundError) or "404 Not Found" in text  # as lists and deletes say it
+    return FileNotFoundError if missing else TransferError
+
+
+_REFUSED = re.compile("403 Forbidden|<Code>(ExpiredToken|TokenRefreshRequired|InvalidToken)")
 
 
 def _reason(error: Exception) -> str:
-    """An obstore error in one line, without its debugging part and without queries, which hold signatures."""
-    text = str(error).partition("\n\nDebug source")[0]
-    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", " ".join(text.split()))[:400]
+    """An obstore error in one line, without what may hold secrets: its debugging part, the queries and passwords of
+    URLs, and all of an XML answer but code and message."""
+    text = " ".join(str(error).partition("\n\nDebug source")[0].split())
+    text, *answer = re.split(r"<\?xml|<Error", text, maxsplit=1)
+    if answer:
+        text += ": ".join(re.findall(r"<(?:Code|Message)>([^<]*)", answer[0]))
+    text = re.sub(r"://[^\s/@]*@", "://", text)
+    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)[:400].rstrip(": ")
 
 
 class _PartSink:

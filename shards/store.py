@@ -5,16 +5,20 @@ on: a name is absent or whole, never partial; what `write` returned from survive
 bytes asked for or raises."""
 
 import functools
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview | np.ndarray
 MAX_VECTOR = 1024  # buffers that one preadv or recvmsg takes (IOV_MAX)
 Range = tuple[int, Sequence[memoryview | np.ndarray]]  # from which byte on, and what is to be filled from there
@@ -75,6 +79,10 @@ class StorageConfig:
 
 class TransferError(OSError):
     """A remote place that kept failing, or gave something else than before, until the transfer was given up."""
+
+
+class UploadError(TransferError):
+    """A large object that a place stopped taking midway; whoever can make its bytes once more may begin anew."""
 
 
 class NoRangeError(TransferError):
@@ -149,7 +157,10 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, name: str, data: Buffer) -> bool:
-        """Put an object unless there is one already; False when there was. Of several callers one gets True."""
+        """Put an object unless there is one already; False when there was. Of several callers one gets True.
+
+        A bucket's answer may be lost after it took the object. It is asked again then, and bytes that are there and
+        equal count as ours: of several callers with equal bytes more than one may get True."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
@@ -168,6 +179,16 @@ class Store(ABC):
         """Remove what dead writers left unfinished below names that start with `prefix`, and return its names.
 
         What a live writer may still be writing, here or on another machine, stays."""
+
+
+def anew(write: Callable[[], T]) -> T:
+    """What `write` returns, which is called again after an UploadError, twice at most."""
+    for _ in range(2):
+        try:
+            return write()
+        except UploadError as error:
+            log.warning("%s It is done again.", error)
+    return write()
 
 
 def joined(ranges: Sequence[Range]) -> Iterator[Range]:

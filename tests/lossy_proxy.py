@@ -3,6 +3,7 @@
 `python tests/lossy_proxy.py UPSTREAM_PORT --latency 0.03` runs one by itself and prints its port."""
 
 import argparse
+import math
 import os
 import random
 import re
@@ -29,15 +30,23 @@ FAULTS = (
 
 class LossyProxy:
     """Listens on `port` while its block runs. A share `rate` of the answers suffers one of the `faults`, and each
-    answer comes `latency` seconds late. `counts` says how often each fault was made."""
+    answer comes `latency` seconds late. `counts` says how often each fault was made. With `upload_rate` all bodies of
+    requests share a line of so many bytes/s."""
 
     def __init__(
-        self, upstream: int, faults: Sequence[str] = FAULTS, rate: float = 0.0, latency: float = 0.0, seed: int = 0
+        self,
+        upstream: int,
+        faults: Sequence[str] = FAULTS,
+        rate: float = 0.0,
+        latency: float = 0.0,
+        seed: int = 0,
+        upload_rate: float = math.inf,
     ) -> None:
         self.upstream, self.faults, self.rate, self.latency = upstream, faults, rate, latency
         self.counts: Counter[str] = Counter()
         self.closing = threading.Event()
         self.lock, self._random = threading.Lock(), random.Random(seed)
+        self.upload_rate, self._line_free = upload_rate, 0.0
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Handler, bind_and_activate=False)
         self._server.daemon_threads = self._server.allow_reuse_address = True
         self._server.request_queue_size = 256
@@ -55,6 +64,13 @@ class LossyProxy:
             if fault:
                 self.counts[fault] += 1
             return fault, self._random.random()
+
+    def wait_for_line(self, num_bytes: int) -> None:
+        """Sleep until the line that all uploads share has passed so many bytes on."""
+        with self.lock:
+            self._line_free = max(self._line_free, time.monotonic()) + num_bytes / self.upload_rate
+            seconds = self._line_free - time.monotonic()
+        time.sleep(max(0.0, seconds))
 
     def serve(self) -> None:
         self._server.serve_forever(poll_interval=0.05)
@@ -83,10 +99,13 @@ class _Handler(socketserver.BaseRequestHandler):
                 body = request[1]
                 left = _length(request[0])
                 while True:
+                    self.proxy.wait_for_line(len(body))
                     upstream.sendall(body)
                     left -= len(body)
-                    if left <= 0 or not (body := self.request.recv(1 << 18)):
+                    if left <= 0:
                         break
+                    if not (body := self.request.recv(1 << 18)):
+                        return
                 if not self._answer(request[0], upstream):
                     return
         except OSError:

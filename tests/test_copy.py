@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,13 @@ def test_killed_copies_go_on_where_they_were(tmp_path: Path) -> None:
     assert content(target) == content(open_store(tmp_path / "set"))
     assert not verify(target).bad
     assert list((tmp_path / "copy").rglob(".tmp*")) == []
+
+
+def test_an_upload_that_breaks_midway_is_begun_anew(s3_server: S3Server, tmp_path: Path) -> None:
+    make_data_set(tmp_path / "set", num_samples=2, samples_per_shard=1, shapes={"x": (3 << 20,)})
+    upstream, place = int(s3_server.endpoint.rpartition(":")[2]), f"s3://{BUCKET}/{tmp_path.name}/anew"
+    with LossyProxy(upstream, faults=["refused"], rate=0.15, seed=3) as proxy:
+        options = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, backoff_seconds=0.001)
+        copy(open_store(tmp_path / "set"), open_store(place, options), jobs=1)
+        assert proxy.counts["refused"] > 1
+    assert content(open_store(place, s3_server.options)) == content(open_store(tmp_path / "set"))

@@ -18,7 +18,7 @@ from lossy_proxy import FAULTS, LossyProxy
 from servers import ACCESS_KEY, BUCKET, SECRET_KEY, HttpServer, S3Server, free_ports
 
 from shards.storage import open_store
-from shards.store import NoRangeError, StorageConfig, Store, TransferError
+from shards.store import NoRangeError, StorageConfig, Store, TransferError, UploadError
 
 
 @pytest.fixture(params=["presigned", "client", "azure"])
@@ -384,3 +384,86 @@ def test_a_server_restarted_in_the_middle_goes_unnoticed(tmp_path: Path) -> None
     assert b"".join([*received, *map(bytes, pieces)]) == content
     restart.join()
     server.stop()
+
+
+class Planned(LossyProxy):
+    """Breaks the answers that it is told to: the fault of each in turn, and where it strikes."""
+
+    plan: list[tuple[str | None, float]]
+
+    def draw(self) -> tuple[str | None, float]:
+        return self.plan.pop(0) if self.plan else (None, 0.0)
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall", "status", "refused", "length"])
+def test_every_request_is_made_again_after_one_broken_answer(s3_server: S3Server, fault: str) -> None:
+    """Those that write, too; an upload in parts at each of its requests. Only "not there" is believed at once."""
+    upstream, content = int(s3_server.endpoint.rpartition(":")[2]), np.random.default_rng(8).bytes(6 << 20)
+    direct = open_store(f"s3://{BUCKET}/again-{fault}", s3_server.options)
+    direct.write("there", b"123456")
+
+    def large(store: Store) -> None:
+        store.write("large", content)
+        assert direct.read("large") == content
+
+    requests: list[tuple[Any, Any, int]] = [
+        (lambda store: store.write("x", b"1"), None, 0),
+        (lambda store: store.create(f"new-{where}", b"1"), True, 0),
+        (lambda store: store.create("there", b"1"), False, 0),
+        (lambda store: list(store.list("th")), [("there", 6)], 0),
+        (lambda store: store.delete("x"), None, 0),
+        *((large, None, skipped) for skipped in range(4)),
+    ]
+    if fault != "length":  # the length is all that it asks for
+        requests.append((lambda store: store.size("there"), 6, 0))
+    for where in (0.3, 0.8) if fault == "refused" else (0.8,):
+        for request, expected, skipped in requests:
+            with Planned(upstream) as proxy:
+                proxy.plan = [(None, 0.0)] * skipped + [(fault, where)]
+                hasty = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, **HASTY)
+                try:
+                    assert request(open_store(direct.url, hasty)) == expected
+                except AssertionError:
+                    assert fault == "refused"
+                    assert request(direct) == 6
+                assert proxy.plan == []
+    direct.sweep()
+
+
+def test_uploads_take_the_time_that_a_slow_line_needs(s3_server: S3Server) -> None:
+    """Each part needs far longer than stall_seconds."""
+    content = np.random.default_rng(9).bytes(12 << 20)
+    with LossyProxy(int(s3_server.endpoint.rpartition(":")[2]), upload_rate=8e6) as proxy:
+        options = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, **HASTY, retry_attempts=3)
+        store = open_store(f"s3://{BUCKET}/slow", options)
+        with store.writer("parts") as sink:
+            sink.write(content)
+        store.write("one", content[: 4 << 20])
+    direct = open_store(store.url, s3_server.options)
+    assert direct.read("parts") == content
+    assert direct.read("one") == content[: 4 << 20]
+
+
+def test_a_store_that_only_writes_takes_up_new_credentials(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"s3://{BUCKET}/rotated", replace(s3_server.options, **HASTY))
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "old")
+        with pytest.raises(PermissionError, match=r"s3://bucket/rotated/a: gave up .* after 3 attempts.*403"):
+            store.write("a", b"1")
+    store.write("a", b"1")
+    assert store.read("a") == b"1"
+
+
+def test_an_upload_in_parts_that_fails_says_that_it_has_to_begin_anew(s3_server: S3Server) -> None:
+    with Planned(int(s3_server.endpoint.rpartition(":")[2])) as proxy:
+        proxy.plan = [(None, 0.0), ("refused", 0.2)]
+        options = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, **HASTY)
+        store = open_store(f"s3://{BUCKET}/anew", options)
+        with (
+            pytest.raises(UploadError, match=r"s3://bucket/anew/a: the upload failed and has to begin anew.*403"),
+            store.writer("a") as sink,
+        ):
+            sink.write(bytes(12 << 20))
+        assert store.size("a") is None

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import xxhash
-from pydantic import TypeAdapter
 
+from shards.cli import storage_options
 from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, confirmed, format_ranges, parse_manifest
 from shards.progress import progress
 from shards.record import Record, encode_index, read_record
 from shards.storage import open_store
-from shards.store import StorageConfig, Store, anew
+from shards.store import Store, anew
 from shards.tar import canonical_json
 from shards.verify import verify
 
@@ -121,9 +121,8 @@ def copy_command(arguments: Sequence[str]) -> int:
             f"--{side}-options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}'
         )
     options = parser.parse_args(arguments)
-    config = TypeAdapter(StorageConfig)
-    source = open_store(options.source, config.validate_json(options.source_options))
-    target = open_store(options.target, config.validate_json(options.target_options))
+    source = open_store(options.source, storage_options(options.source_options))
+    target = open_store(options.target, storage_options(options.target_options))
     manifest = copy(source, target, options.jobs)
     print(
         f"{target.url}: {manifest.num_shards} shards, {manifest.tar_bytes.sum() / 1e9:.2f} GB, digest {manifest.digest}"

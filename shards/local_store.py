@@ -143,7 +143,7 @@ class LocalStore(Store):
         """A fresh name beside `path`, in a folder that exists; nothing is left under it at the end."""
         folder, name = os.path.split(path)
         self._make_folder(folder)
-        temporary = os.path.join(folder, f".tmp-{name}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
+        temporary = os.path.join(folder, temporary_name(name))
         try:
             yield temporary
         finally:
@@ -179,6 +179,11 @@ class LocalStore(Store):
             self._sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def temporary_name(name: str) -> str:
+    """A name that no one else uses, and that sweeping a folder knows by: one for what is to become `name`."""
+    return f".tmp-{name}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 _TEMPORARY = re.compile(r"\.tmp-(?P<name>.+)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")

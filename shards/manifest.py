@@ -320,7 +320,7 @@ def load_manifest(source: str | os.PathLike[str] | Store, options: StorageConfig
 
     Raises FileNotFoundError if the root is not sealed, ValueError if the manifest is broken."""
     if not isinstance(source, Store):
-        source = open_store(os.fspath(source).removesuffix(f"/{MANIFEST}"), options)
+        source = open_store(source, options)
     try:
         data = source.read(MANIFEST)
     except FileNotFoundError:

@@ -216,7 +216,15 @@ class ObjectStore(RemoteStore):
         with self._lock:
             clients = self._clients
             if uploads not in clients:
-                clients[uploads] = _make_client(self._scheme, self.url, self.options, uploads)
+                try:
+                    clients[uploads] = _make_client(self._scheme, self.url, self.options, uploads)
+                except ValueError:
+                    raise
+                except Exception as error:  # obstore's and boto3's have no base of their own in common
+                    raise ValueError(
+                        f"{self.url}: the storage options or the environment cannot be right: {_reason(error)}. "
+                        "docs/object-storage.md says what to set."
+                    ) from None
             return clients[uploads]
 
 
@@ -235,6 +243,7 @@ def _make_client(scheme: str, url: str, options: StorageConfig, uploads: bool) -
     Raises ValueError for settings that cannot be right."""
     config: dict[str, Any] = {"endpoint": options.endpoint, "skip_signature": options.anonymous or None}
     provider = None
+    _check_endpoints(url, options)
     if scheme == "s3":
         config["region"] = options.region
         if not options.anonymous and _has_profile():
@@ -262,6 +271,17 @@ def _make_client(scheme: str, url: str, options: StorageConfig, uploads: bool) -
         },
         **({"credential_provider": provider} if provider else {}),
     )
+
+
+def _check_endpoints(url: str, options: StorageConfig) -> None:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+    given = {"storage.endpoint": options.endpoint} | {name: os.environ.get(name) for name in names}
+    for name, endpoint in given.items():
+        parts = urlsplit(endpoint or "http://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ValueError(
+                f"{url}: {name} is no URL such as http://127.0.0.1:9000, without user name and password; correct it."
+            )
 
 
 def _has_profile() -> bool:
@@ -309,7 +329,7 @@ def _failure(error: Exception) -> Failure:
 
 def _kind(error: Exception) -> type[OSError]:
     """The built-in error that says what an obstore error means."""
-    text = str(error)
+    text = str(error).partition("\n\nDebug source")[0].strip()
     if isinstance(error, AlreadyExistsError):
         return FileExistsError
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
@@ -318,7 +338,11 @@ def _kind(error: Exception) -> type[OSError]:
     return FileNotFoundError if missing else TransferError
 
 
-_REFUSED = re.compile("403 Forbidden|<Code>(ExpiredToken|TokenRefreshRequired|InvalidToken)")
+_NO_CREDENTIALS = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)")
+_EXPIRED = re.compile(
+    "<Code>(ExpiredToken|TokenRefreshRequired|InvalidToken)|400 Bad Request[: ]*$"
+)  # the latter to HEAD
+_REFUSED = re.compile(f"403 Forbidden|{_EXPIRED.pattern}|{_NO_CREDENTIALS.pattern}")
 
 
 def _reason(error: Exception) -> str:
@@ -329,7 +353,14 @@ def _reason(error: Exception) -> str:
     if answer:
         text += ": ".join(re.findall(r"<(?:Code|Message)>([^<]*)", answer[0]))
     text = re.sub(r"://[^\s/@]*@", "://", text)
-    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)[:400].rstrip(": ")
+    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)[:400].rstrip(": ")
+    if _NO_CREDENTIALS.search(text):
+        return (
+            "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT or "
+            "AZURE_STORAGE_ACCOUNT_KEY, or storage.anonymous for a public bucket. The machine's own role, asked last, "
+            f"gave: {text}"
+        )
+    return text
 
 
 class _PartSink:

@@ -1,20 +1,30 @@
 """A path or URL into the store that it names."""
 
 import os
+import re
 from urllib.parse import unquote, urlsplit
 
-from shards.local_store import LocalStore
+from shards.local_store import LocalStore, temporary_name
 from shards.store import StorageConfig, Store
 
 
 def open_store(url: str | os.PathLike[str], options: StorageConfig | None = None) -> Store:
-    """The store at a path or URL; nothing is touched or contacted until it is used.
+    """The store at a path or URL, or at those of its manifest.json; nothing is touched or contacted until it is used.
 
-    Raises ValueError for a URL with a password, user name or query, which would end up in manifests and logs."""
+    Raises ValueError for a URL with a password, user name or query, which would end up in manifests and logs, and for
+    one of which a part would have no effect."""
     options = options or StorageConfig()
-    text = os.fspath(url)
+    text = os.fspath(url).removesuffix("/manifest.json")
+    if re.match(r"(file|s3|gs|az|abfss?|https?):(?!//)", text):
+        raise ValueError(f"{text}: a URL has two slashes behind its colon; for a path of that name write ./{text}.")
     parts = urlsplit(text if "://" in text else "")
+    if parts.fragment:
+        raise ValueError(f"{text.partition('#')[0]}#...: what follows # in a URL has no effect; in a name write %23.")
     if parts.scheme in ("", "file"):
+        if parts.query or parts.netloc not in ("", "localhost"):
+            raise ValueError(
+                f"{text}: a file:// URL has no host and no query, as in file:///data/sounds; in a name write %3F for ?."
+            )
         return LocalStore(unquote(parts.path) if parts.scheme else text, options)
     for each in (parts, urlsplit(options.endpoint or "")):
         if each.password or each.query or (each.username and parts.scheme not in ("abfs", "abfss")):
@@ -22,6 +32,8 @@ def open_store(url: str | os.PathLike[str], options: StorageConfig | None = None
                 f"The URL of {each.hostname} holds a user name, password or query. It would be stored and printed; "
                 "give credentials by the environment, a profile or http_token_file."
             )
+    if not parts.hostname:
+        raise ValueError(f"{text}: a server or bucket must be named behind {parts.scheme}://.")
     if parts.scheme in ("http", "https"):
         from shards.http_store import HttpStore
 
@@ -45,14 +57,12 @@ def check_writable(store: Store) -> None:
     """Put an empty object and remove it, so that hours of work aren't done for a place that can't take the result.
 
     Raises the OSError that the place gave, with what to do."""
+    name = temporary_name("writable")
     try:
-        store.write(_PROBE, b"")
-        store.delete(_PROBE)
+        store.write(name, b"")
+        store.delete(name)
     except OSError as error:
         raise type(error)(
             f"{store.url} can't be written to, so nothing was begun. Make the folder or bucket, or give the right to "
             f"put and delete there, or name another place. ({error})"
         ) from None
-
-
-_PROBE = "writable"

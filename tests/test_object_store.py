@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import re
+import socketserver
 import subprocess
 import sys
 import threading
@@ -467,3 +468,67 @@ def test_an_upload_in_parts_that_fails_says_that_it_has_to_begin_anew(s3_server:
         ):
             sink.write(bytes(12 << 20))
         assert store.size("a") is None
+
+
+EXPIRED = b"""HTTP/1.1 400 Bad Request\r\nContent-Length: 130\r\nConnection: close\r\n\r\n<?xml version="1.0"?><Error>
+<Code>ExpiredToken</Code><Message>The token has expired.</Message><Token-0>a-secret</Token-0></Error>"""
+
+
+def test_of_an_xml_answer_only_code_and_message_are_told(s3_server: S3Server) -> None:
+    class Expired(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(EXPIRED.ljust(EXPIRED.index(b"<?xml") + 130))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Expired) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        store = open_store("s3://bucket/x", StorageConfig(endpoint=endpoint, signed_urls=False, **HASTY))
+        for action, *arguments in ((store.write, "a", b""), (store.read, "a"), (store.delete, "a"), (store.size, "a")):
+            with pytest.raises(PermissionError, match="400 Bad Request") as caught:
+                action(*arguments)
+            assert "a-secret" not in str(caught.value)
+            assert action == store.size or str(caught.value).endswith("ExpiredToken: The token has expired.")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("url", "settings", "message"),
+    [
+        ("s3://bucket/x", {"AWS_ENDPOINT_URL": "127.0.0.1:9"}, "AWS_ENDPOINT_URL is no URL such as"),
+        ("s3://bucket/x", {"AWS_ENDPOINT_URL": "http://user:a-secret@host"}, "AWS_ENDPOINT_URL is no URL such as"),
+        ("s3://bucket/x", {"endpoint": "localhost:9"}, "storage.endpoint is no URL such as"),
+        ("gs://bucket/x", {"endpoint": "http://127.0.0.1:9"}, "'endpoint' is not valid for store 'GCS'"),
+        ("az://bucket/x", {}, "Account must be specified"),
+        (
+            "az://bucket/x",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "account", "AZURE_STORAGE_ACCOUNT_KEY": "a-secret!!"},
+            "Invalid Access Key",
+        ),
+        ("gs://bucket/x", {"GOOGLE_SERVICE_ACCOUNT": "absent.json"}, "Unable to open service account file"),
+        ("s3://bucket/x", {"AWS_PROFILE": "absent"}, r"config profile \(absent\) could not be found"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_an_error_at_once(
+    url: str, settings: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name in settings.keys() - {"endpoint"}:
+        monkeypatch.setenv(name, settings[name])
+    store = open_store(url, StorageConfig(endpoint=settings.get("endpoint")))
+    for action, *arguments in ((store.write, "a", b""), (store.read, "a")):
+        with pytest.raises(ValueError, match=message) as caught:
+            action(*arguments)
+        assert "a-secret" not in str(caught.value)
+
+
+def test_without_credentials_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "absent"))
+    for signed_urls in (True, False):
+        store = open_store("s3://bucket/x", StorageConfig(retry_attempts=1, signed_urls=signed_urls))
+        with pytest.raises(PermissionError, match="no credentials were found: set AWS_ACCESS_KEY_ID"):
+            store.read("a")

@@ -45,11 +45,15 @@ def test_help_and_mistakes(root, capsys):
         (["cat", str(root), "1", "text"], "has no text; it has json, stft_mixture.2048.npy"),
         (["verify", str(root), "--shards", "1;2"], "no shard number or range"),
         (["info", str(root), "--options", '{"endpiont": "x"}'], "endpiont"),
+        (["info", str(root), "--options", '{"aws_secret_access_key": "hidden"}'], "aws_secret_access_key"),
+        (["info", str(root), "--options", "{hidden"], "Invalid JSON"),
+        (["copy", str(root), "x", "--target-options", '{"aws_secret_access_key": "hidden"}'], "aws_secret_access_key"),
     ):
         assert main(words) == 2
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+        assert "hidden" not in error
 
 
 def test_sealing_says_what_is_missing(tmp_path, capsys):

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.local_store import LocalStore
-from shards.storage import open_store
+from shards.storage import check_writable, open_store
 from shards.store import StorageConfig, Store, check_name
 
 
@@ -266,3 +266,37 @@ def test_urls_open_the_same_folder_and_stores_travel_by_pickle(tmp_path: Path) -
         assert pickle.loads(pickle.dumps(open_store(url))).read("x") == b"1"
     with pytest.raises(ValueError, match="ftp://"):
         open_store("ftp://host/x")
+
+
+def test_the_url_of_a_manifest_is_that_of_its_root(tmp_path: Path) -> None:
+    for root in (str(tmp_path), f"file://{tmp_path}", "s3://bucket/x", "https://host/x"):
+        assert open_store(f"{root}/manifest.json").url == open_store(root).url
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("file:///a/b#1", "no effect; in a name write %23"),
+        ("s3://bucket/a#1", "no effect; in a name write %23"),
+        ("http://host/a#1", "no effect; in a name write %23"),
+        ("file:///a?b", "no host and no query"),
+        ("file://a/b", "no host and no query"),
+        ("file:/a/b", "two slashes behind its colon"),
+        ("s3:/bucket/b", "two slashes behind its colon"),
+        ("http:///a", "a server or bucket must be named"),
+        ("s3:///a", "a server or bucket must be named"),
+    ],
+)
+def test_urls_of_which_a_part_would_be_dropped_are_refused(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_store(url)
+
+
+def test_trying_whether_a_folder_can_be_written_to_leaves_all_that_is_there(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write("writable", b"mine")
+    check_writable(store)
+    assert files_in(tmp_path) == ["writable"]
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="can't be written to, so nothing was begun"):
+        check_writable(open_store(tmp_path / "file"))

@@ -92,6 +92,9 @@ class CachedStore(Store):
                 return True
         except FileNotFoundError:
             return False
+        except (NotADirectoryError, PermissionError) as error:  # of the folder: nothing will be found in it
+            self._room.close(error)
+            return False
         except (EOFError, OSError) as error:
             log.warning("A kept range cannot be read, so its source is: %s", error)
         self._discard(kept)
@@ -106,18 +109,26 @@ class CachedStore(Store):
         with self._locks.setdefault(name, threading.Lock()):
             if self._kept.size(whole) != size + _CHECKSUM_BYTES:
                 if not self._room.take(size):
-                    raise NoRangeError(
-                        f"{self.url}: the server sends whole objects only and the cache in "
-                        f"{self._kept.url} has no room for the {size} bytes of {name}; raise cache_bytes."
-                    )
+                    raise self._no_room(name, size, "has no room")
                 state = xxhash.xxh3_64()
-                with self._kept.writer(whole) as sink:
-                    for piece in self._source.stream(name):
-                        state.update(piece)
-                        sink.write(piece)
-                    sink.write(state.digest())
+                try:
+                    with self._kept.writer(whole) as sink:
+                        for piece in self._source.stream(name):
+                            state.update(piece)
+                            sink.write(piece)
+                        sink.write(state.digest())
+                except OSError as error:
+                    if error.errno is None:  # the source's own
+                        raise
+                    raise self._no_room(name, size, f"gave {error}") from None
         self._kept.read_range(whole, offset, buffers)
         self._room.used(whole)
+
+    def _no_room(self, name: str, size: int, reason: str) -> NoRangeError:
+        return NoRangeError(
+            f"{self.url}: the server sends whole objects only, and cache_dir ({self.options.cache_dir}), which has to "
+            f"take the {size} bytes of {name}, {reason}. Make room, raise cache_bytes or name another cache_dir."
+        )
 
     def forget(self, name: str) -> None:
         for kept, _ in list(self._kept.list(f"{self._digest}/{name}/")):
@@ -207,8 +218,9 @@ class _Room:
     def close(self, error: OSError) -> None:
         """Keep no more: the disk is full or broken."""
         with self._lock:
-            self._open = False
-        log.warning("Nothing more is kept in %s: %s", self._kept.url, error)
+            was_open, self._open = self._open, False
+        if was_open:
+            log.warning("Nothing more is kept in %s: %s", self._kept.url, error)
 
 
 def _num_bytes(buffers: Sequence[memoryview | np.ndarray]) -> int:

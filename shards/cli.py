@@ -39,12 +39,13 @@ COMMANDS = {
     "audit": ("shards.ledger", "proof from training's ledgers that every sample was served exactly once"),
 }
 BAD_SHARDS = 3
+INTERRUPTED = 130  # as shells say it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `shards COMMAND ...`.
 
-    Exit status 0 is success, 2 a failure explained in one message, 3 shards missing or bad (named)."""
+    Exit status 0 is success, 2 a failure explained in one message, 3 shards missing or bad (named), 130 Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         listing = "\n".join(f"  {name:8} {meaning}" for name, (_, meaning) in COMMANDS.items())
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, EOFError) as error:
         print(f"shards {command}: {error}", file=sys.stderr)
         return BAD_SHARDS if isinstance(error, IncompleteError) else 2
+    except KeyboardInterrupt:
+        print(f"shards {command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """A sealed data set from one place to another: `shards copy SOURCE TARGET`, checked, in parallel, and resumable."""
 
 import argparse
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,16 @@ from dataclasses import asdict
 import xxhash
 
 from shards.cli import storage_options
-from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, confirmed, format_ranges, parse_manifest
+from shards.manifest import (
+    MANIFEST,
+    SPEC,
+    IncompleteError,
+    Manifest,
+    confirmed,
+    format_ranges,
+    load_manifest,
+    parse_manifest,
+)
 from shards.progress import progress
 from shards.record import Record, encode_index, read_record
 from shards.storage import open_store
@@ -22,14 +32,15 @@ def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
     """Copy a sealed data set, `jobs` shards at a time, and return its manifest, which is written last.
 
     Every byte is compared with the source's checksums on its way. Shards that are complete in the target are not
-    copied again, so the same call goes on after any interruption. Raises ValueError if the target belongs to another
-    data set, IncompleteError naming the shards that could not be copied."""
+    copied again, so the same call goes on after any interruption, and sweeps up what that left. Raises ValueError if
+    the target belongs to another data set, IncompleteError naming the shards that could not be copied."""
     data, spec = (confirmed(source, name, source.read(name)) for name in (MANIFEST, SPEC))
     manifest = parse_manifest(data, source.url)
     if not target.create(SPEC, spec) and target.read(SPEC) != spec:
         raise ValueError(f"{target.url} is bound to another spec than {source.url}; copy to another place.")
     if target.size(MANIFEST) is not None and target.read(MANIFEST) != data:
         raise ValueError(f"{target.url} holds another sealed data set than {source.url}; copy to another place.")
+    target.sweep()
     failed: dict[int, str] = {}
     stop = threading.Event()
     total = int(manifest.tar_bytes.sum())
@@ -128,8 +139,28 @@ def copy_command(arguments: Sequence[str]) -> int:
         f"{target.url}: {manifest.num_shards} shards, {manifest.tar_bytes.sum() / 1e9:.2f} GB, digest {manifest.digest}"
     )
     if options.verify:
-        report = verify(target)
-        print(report)
-        if report.bad:
-            raise IncompleteError(f"{target.url}: bad shards: {report.bad}", sorted(report.bad))
+        _verify(source, target, options.jobs)
     return 0
+
+
+def _verify(source: Store, target: Store, jobs: int) -> None:
+    """Read the copy back, and copy once more what is bad in it. Raises IncompleteError if that doesn't help."""
+    report = verify(target)
+    print(report)
+    if not report.bad:
+        return
+    bad = sorted(report.bad)
+    print(f"{target.url}: copying the shards {format_ranges(bad)} once more", file=sys.stderr)
+    manifest = load_manifest(source)
+    for index in bad:
+        target.delete(f"{manifest.shard_name(index)}.json")  # without its record a shard is copied
+    copy(source, target, jobs)
+    report = verify(target, bad)
+    print(report)
+    if bad := sorted(report.bad):
+        raise IncompleteError(
+            f"{target.url}: the shards {format_ranges(bad)} are still bad after they were copied once more, "
+            "every byte checked on its way. Look after the disk or bucket there, or copy to another place; "
+            f"`shards verify {source.url}` tells whether the source is good.",
+            bad,
+        )

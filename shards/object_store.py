@@ -19,7 +19,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import obstore
 import obstore.store
@@ -45,7 +45,8 @@ class ObjectStore(RemoteStore):
     def __init__(self, url: str, options: StorageConfig) -> None:
         super().__init__(url, options)
         parts = urlsplit(self.url)
-        self._scheme, self._bucket, self._prefix = parts.scheme, parts.netloc, parts.path.strip("/")
+        self._scheme, self._bucket, prefix = parts.scheme, parts.netloc, unquote(parts.path).strip("/")
+        self._root = prefix and f"{prefix}/"  # what our keys begin with
         self._signs = parts.scheme == "s3" and options.signed_urls and not options.anonymous
         self._http = HttpClient(options)
         self._clients: dict[bool, Client] = {}  # for requests with large bodies, and for all others
@@ -146,11 +147,31 @@ class ObjectStore(RemoteStore):
     def _pages(self, client: "Client", folder: str, prefix: str) -> Sequence[tuple[str, int]]:
         """Names below `folder` that come after `prefix` and start with it, and their sizes."""
         found = []
-        for page in obstore.list(client, folder or None, offset=prefix or None, chunk_size=1000):
-            found += [(each["path"], each["size"]) for each in page if each["path"].startswith(prefix)]
-            if prefix and page[-1]["path"] > prefix and not page[-1]["path"].startswith(prefix):
-                break
-        return sorted(found)
+        try:
+            for page in obstore.list(client, folder or None, offset=prefix or None, chunk_size=1000):
+                found += [(each["path"], each["size"]) for each in page if each["path"].startswith(prefix)]
+                if prefix and page[-1]["path"] > prefix and not page[-1]["path"].startswith(prefix):
+                    break
+        except BaseError as error:
+            if "object with invalid path" not in str(error):
+                raise
+            found = [*self._list_by_boto3(prefix or (folder and f"{folder}/"), _reason(error))]
+        return sorted(each for each in found if each[0] not in ("", prefix))  # "" is what some tools make of a folder
+
+    def _list_by_boto3(self, prefix: str, reason: str) -> Sequence[tuple[str, int]]:
+        """Names and sizes where others put keys such as a//b, which are no paths and none of ours, and at which obstore
+        gives up for the given reason."""
+        boto3 = self._boto3()
+        if boto3 is None:
+            hint = ", or `pip install boto3`, which can pass over it" if self._scheme == "s3" else ""
+            raise ValueError(f"{self.url} cannot be listed: {reason}. Delete that object{hint}.")
+        pages = boto3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._root + prefix)
+        try:
+            found = [each for page in pages for each in page.get("Contents", ())]
+        except Exception as error:  # botocore's have no base of their own in common
+            raise TransferError(str(error)) from None
+        names = [(each["Key"].removeprefix(self._root), each["Size"]) for each in found]
+        return [(name, size) for name, size in names if not {"", ".", ".."} & set(name.split("/"))]
 
     def delete(self, name: str) -> None:
         try:
@@ -163,27 +184,33 @@ class ObjectStore(RemoteStore):
 
         A bucket doesn't tell whether an upload's writer is alive; give its age time. On gs a lifecycle rule does this,
         Azure drops uncommitted blocks after a week by itself."""
-        if self._scheme != "s3":
-            return []
         swept: list[str] = []
-        try:
-            import boto3  # only it lists uploads
-            from botocore.exceptions import BotoCoreError, ClientError
-        except ModuleNotFoundError:
-            log.info("Unfinished uploads to %s are left alone: that needs `pip install boto3`.", self.url)
+        if self._scheme != "s3":
             return swept
-        root = self._prefix and self._prefix + "/"
         began_before = datetime.now(UTC) - timedelta(hours=self.options.stale_temporary_hours)
         try:
-            client = boto3.client("s3", endpoint_url=self.options.endpoint, region_name=self.options.region)
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=root + prefix)
+            client = self._boto3()
+            if client is None:
+                log.info("Unfinished uploads to %s are left alone: that needs `pip install boto3`.", self.url)
+                return swept
+            pages = client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._root + prefix
+            )
             for upload in itertools.chain.from_iterable(page.get("Uploads", ()) for page in pages):
                 if upload["Initiated"] < began_before:
                     client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                    swept.append(upload["Key"].removeprefix(root))
-        except (BotoCoreError, ClientError) as error:
+                    swept.append(upload["Key"].removeprefix(self._root))
+        except Exception as error:  # botocore's have no base of their own in common
             log.warning("Unfinished uploads to %s cannot be swept, which costs only money: %s", self.url, error)
         return swept
+
+    def _boto3(self) -> Any:
+        """A client of boto3, which sees some of s3 that obstore does not; None where it isn't installed."""
+        try:
+            import boto3
+        except ModuleNotFoundError:
+            return None
+        return boto3.client("s3", endpoint_url=self.options.endpoint, region_name=self.options.region)
 
     def _ask(self, name: str, request: Callable[["Client"], T], upload_bytes: int = 0, expected: bool = True) -> T:
         """What a request brings, made again as reads are; its errors are named by our URL and free of secrets.
@@ -339,9 +366,7 @@ def _kind(error: Exception) -> type[OSError]:
 
 
 _NO_CREDENTIALS = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)")
-_EXPIRED = re.compile(
-    "<Code>(ExpiredToken|TokenRefreshRequired|InvalidToken)|400 Bad Request[: ]*$"
-)  # the latter to HEAD
+_EXPIRED = re.compile("<Code>(ExpiredToken|TokenRefreshRequired|InvalidToken)|400 Bad Request[: ]*$")  # bare to HEAD
 _REFUSED = re.compile(f"403 Forbidden|{_EXPIRED.pattern}|{_NO_CREDENTIALS.pattern}")
 
 

@@ -55,15 +55,19 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
         ThreadPoolExecutor(num_threads or max(os.cpu_count() or 1, store.concurrency)) as pool,
         progress(total=total, desc="verify", unit="B", unit_scale=True) as bar,
     ):
-        for index, found in zip(indices, pool.map(lambda i: _checked(store, plan, manifest, i, buffers), indices)):
-            if isinstance(found, str):
-                bad[index] = found
-                continue
-            twin = owners.setdefault(found.key_digest, index)
-            if twin != index:
-                bad[index] = f"{plan.shard_name(index)}: it holds the keys of {plan.shard_name(twin)}"
-            num_bytes += found.num_bytes
-            bar.update(found.num_bytes)
+        try:
+            for index, found in zip(indices, pool.map(lambda i: _checked(store, plan, manifest, i, buffers), indices)):
+                if isinstance(found, str):
+                    bad[index] = found
+                    continue
+                twin = owners.setdefault(found.key_digest, index)
+                if twin != index:
+                    bad[index] = f"{plan.shard_name(index)}: it holds the keys of {plan.shard_name(twin)}"
+                num_bytes += found.num_bytes
+                bar.update(found.num_bytes)
+        except BaseException:  # Ctrl-C, say: shards that were not begun are left
+            pool.shutdown(cancel_futures=True)
+            raise
     return Report(len(indices), num_bytes, time.perf_counter() - start, bad)
 
 

@@ -15,7 +15,7 @@ from servers import HttpServer
 from shards.cache import CachedStore, cached
 from shards.local_store import LocalStore
 from shards.storage import open_store
-from shards.store import StorageConfig, Store
+from shards.store import NoRangeError, StorageConfig, Store
 
 DIGEST, OTHER = "0123456789abcdef" * 2, "f" * 32
 
@@ -155,9 +155,6 @@ def test_a_full_disk_is_read_through(
     if when == "later":
         read(store, "0.tar", 0, 1000)
 
-    def no_space(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(os, "writev", no_space)
     monkeypatch.setattr(os, "mkdir", no_space)
     for offset in (0, 7000, 7000):
@@ -205,7 +202,9 @@ def test_processes_share_the_folder_and_die_in_it(source: CountedStore, tmp_path
     assert [path for path in kept(tmp_path) if path.name.startswith(".tmp")] == []
 
 
-def test_servers_without_range_are_read_through_whole_objects(http_server: HttpServer, tmp_path: Path) -> None:
+def test_servers_without_range_are_read_through_whole_objects(
+    http_server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = np.random.default_rng(9).bytes(300_000)
     (http_server.files / "whole.tar").write_bytes(content)
     options = StorageConfig(cache_dir=str(tmp_path / "cache"), backoff_seconds=0.001)
@@ -215,5 +214,33 @@ def test_servers_without_range_are_read_through_whole_objects(http_server: HttpS
         assert read(store, "whole.tar", offset, 1000) == content[offset : offset + 1000]
     assert [path.name for path in kept(tmp_path)] == ["0-300000.range"]
     small = cached(open_store(f"{http_server.url}/plain", replace(options, cache_bytes=1000)), OTHER)
-    with pytest.raises(OSError, match="no room for the 300000 bytes"):
+    with pytest.raises(OSError, match=r"take the 300000 bytes of whole.tar, has no room"):
         read(small, "whole.tar", 200_000, 1000)
+    monkeypatch.setattr(LocalStore, "_make_folder", no_space)
+    full = replace(options, cache_dir=str(tmp_path / "full"))
+    with pytest.raises(NoRangeError, match=r"cache_dir \(.*/full\), which has to take the 300000 bytes.*No space left"):
+        read(cached(open_store(f"{http_server.url}/plain", full), DIGEST), "whole.tar", 200_000, 1000)
+
+
+def no_space(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["file", "unwritable"])
+def test_a_folder_that_cannot_be_one_is_one_warning(
+    source: CountedStore, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "file":
+        (tmp_path / "cache").write_bytes(b"")
+    else:  # for root, too
+        monkeypatch.setattr(os, "open", forbidden)
+        monkeypatch.setattr(os, "mkdir", forbidden)
+    store = cached(source, DIGEST)
+    monkeypatch.setattr(source, "read_range", lambda name, offset, buffers: None)
+    for offset in range(0, 10_000, 1000):
+        read(store, "1.tar", offset, 1000)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def forbidden(*_: object, **__: object) -> int:
+    raise PermissionError(13, "Permission denied")

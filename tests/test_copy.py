@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from shards.copy import copy
 from shards.local_store import LocalStore
 from shards.manifest import IncompleteError, bind, load_manifest
 from shards.storage import open_store
-from shards.store import StorageConfig, Store
+from shards.store import Sink, StorageConfig, Store
 from shards.verify import verify
 
 
@@ -163,7 +163,6 @@ def test_killed_copies_go_on_where_they_were(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
         process.wait()
     target = open_store(tmp_path / "copy")
-    target.sweep()
     assert content(target) == content(open_store(tmp_path / "set"))
     assert not verify(target).bad
     assert list((tmp_path / "copy").rglob(".tmp*")) == []
@@ -179,3 +178,37 @@ def test_an_upload_that_breaks_midway_is_begun_anew(s3_server: S3Server, tmp_pat
     target = open_store(place, replace(s3_server.options, stale_temporary_hours=1e-9))
     target.sweep()  # the broken upload
     assert content(target) == content(open_store(tmp_path / "set"))
+
+
+class Rotten(LocalStore):
+    """A folder that damages a shard when it is written, so often."""
+
+    times = 1
+
+    def writer(self, name: str) -> AbstractContextManager[Sink]:
+        if name != "shard-000002.tar" or self.times == 0:
+            return super().writer(name)
+        return self._damaged(name)
+
+    @contextmanager
+    def _damaged(self, name: str) -> Iterator[Sink]:
+        with super().writer(name) as sink:
+            yield sink
+        self.times -= 1
+        data = bytearray(self.read(name))
+        data[5000] ^= 1
+        Path(self.url, name).write_bytes(data)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_bad_when_it_is_read_back_is_copied_once_more(
+    root: Path, tmp_path: Path, times: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rotten = Rotten(str(tmp_path / "copy"), StorageConfig())
+    rotten.times = times
+    monkeypatch.setattr("shards.copy.open_store", lambda url, options: rotten if "copy" in url else open_store(url))
+    assert main(["copy", str(root), rotten.url, "--verify"]) == (3 if times == 2 else 0)
+    printed = capsys.readouterr()
+    assert "copying the shards 2 once more" in printed.err
+    assert ("the shards 2 are still bad after they were copied once more" in printed.err) == (times == 2)
+    assert (content(rotten) == content(open_store(root))) == (times == 1)

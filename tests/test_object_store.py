@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_a_replaced_object_is_an_error_for_the_reader_and_not_for_who_replaced_i
 WRITER = """
 import sys, time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from shards.storage import open_store
 from shards.store import NoRangeError, StorageConfig
 options = StorageConfig(endpoint=sys.argv[2], region="us-east-1", part_bytes=5 << 20)
@@ -532,3 +534,43 @@ def test_without_credentials_the_error_says_what_to_set(monkeypatch: pytest.Monk
         store = open_store("s3://bucket/x", StorageConfig(retry_attempts=1, signed_urls=signed_urls))
         with pytest.raises(PermissionError, match="no credentials were found: set AWS_ACCESS_KEY_ID"):
             store.read("a")
+
+
+def test_keys_of_others_that_are_no_paths_hide_nothing(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server answers that keeps such keys; SeaweedFS makes paths of them."""
+    keys = ["set/", "set/a", "set//b", "set/../c", "set/a1", "set/d/e"]
+    entry = "<Contents><Key>{}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><Size>1</Size></Contents>"
+    body = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{"".join(map(entry.format, keys))}'
+    body += "<Name>bucket</Name><IsTruncated>false</IsTruncated></ListBucketResult>"
+
+    class Listing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def do_HEAD(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = StorageConfig(endpoint=f"http://127.0.0.1:{server.server_address[1]}", region="us-east-1", **HASTY)
+        store = open_store("s3://bucket/set", options)
+        assert list(store.list()) == [("a", 1), ("a1", 1), ("d/e", 1)]
+        monkeypatch.setitem(sys.modules, "boto3", None)
+        with pytest.raises(ValueError, match=r"cannot be listed.*set//b.*Delete that object, or `pip install boto3`"):
+            list(store.list())
+        server.shutdown()
+
+
+def test_prefixes_with_quoted_characters_are_swept(s3_server: S3Server) -> None:
+    key = "a b#c/shard.tar"
+    boto3_client(s3_server).create_multipart_upload(Bucket=BUCKET, Key=key)
+    options = replace(s3_server.options, stale_temporary_hours=1e-9)
+    store = open_store(f"s3://{BUCKET}/a%20b%23c", options)
+    assert store.sweep() == ["shard.tar"]
+    store.write("x", b"1")
+    assert boto3_client(s3_server).head_object(Bucket=BUCKET, Key="a b#c/x")["ContentLength"] == 1

@@ -56,6 +56,19 @@ def test_help_and_mistakes(root, capsys):
         assert "hidden" not in error
 
 
+def test_ctrl_c_ends_a_command_with_one_line_and_soon(root, monkeypatch, capsys):
+    checked = []
+
+    def interrupted(*arguments):
+        checked.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shards.verify.check_shard", interrupted)
+    assert main(["verify", str(root), "--threads", "1"]) == 130
+    assert capsys.readouterr().err == "shards verify: interrupted\n"
+    assert len(checked) < 3
+
+
 def test_sealing_says_what_is_missing(tmp_path, capsys):
     store = open_store(tmp_path)
     plan = write_set(store)

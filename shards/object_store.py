@@ -108,9 +108,7 @@ class ObjectStore(RemoteStore):
             self._put(client, name, itertools.chain(first, parts), in_parts=True)
         except (BaseError, OSError) as error:
             self._clients = {}
-            raise UploadError(
-                f"{self.url}/{name}: the upload failed and has to begin anew: {_reason(error)}."
-            ) from None
+            raise UploadError(f"{self.url}/{name}: the upload failed and has to begin anew: {_reason(error)}") from None
 
     def write(self, name: str, data: Buffer) -> None:
         view = as_bytes(data)

@@ -187,7 +187,7 @@ def anew(write: Callable[[], T]) -> T:
         try:
             return write()
         except UploadError as error:
-            log.warning("%s It is done again.", error)
+            log.warning("%s; it is done again", error)
     return write()
 
 

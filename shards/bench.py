@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain, repeat
 
-from pydantic import TypeAdapter
-
+from shards.cli import storage_options
 from shards.loader import ShardLoader
 from shards.progress import progress
-from shards.store import StorageConfig
 
 
 def bench_command(arguments: Sequence[str]) -> int:
@@ -34,7 +32,7 @@ def bench_command(arguments: Sequence[str]) -> int:
     make_loader = partial(
         ShardLoader,
         options.root,
-        storage=TypeAdapter(StorageConfig).validate_json(options.options),
+        storage=storage_options(options.options),
         batch_size=options.batch_size,
         block_samples=options.block_samples,
         fields=options.fields and tuple(options.fields),

@@ -273,7 +273,7 @@ class HttpStore(RemoteStore):
     def __init__(self, url: str, options: StorageConfig) -> None:
         super().__init__(url, options)
         self._client = HttpClient(options)
-        parts = urlsplit(self.url.replace("#", "%23"))  # in a folder's name; fragments have no meaning here
+        parts = urlsplit(self.url)
         self._quoted_url = parts._replace(path=_quoted(parts.path)).geturl()
 
     def open_body(self, name: str, offset: int, end: int | None, anew: bool) -> "HttpBody":

@@ -20,7 +20,7 @@ MIXTURE, SEGMENT, CONDITION = "stft_mixture", "stft_segment", "condition"
 def open_manifest(store: Store) -> Manifest:
     """The manifest of a data set of ours. Raises ValueError for one whose spec is not that of `audiosep precompute`."""
     manifest = load_manifest(store)
-    if missing := {"clips", "stft", "shards", "query_encoder"} - manifest.spec.keys():
+    if missing := {"clips", "stft", "query_encoder"} - manifest.spec.keys():
         raise ValueError(
             f"{store.url} was not made by audiosep precompute: its spec says nothing of {', '.join(sorted(missing))}. "
             "ShardLoader and the shards commands read it; what deals with audio does not."

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from shards.progress import progress
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from audiosep.dataset import Dataset, PrecomputeConfig
     from shards.writer import Record
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain, repeat
 
-from shards.cli import storage_options
 from shards.loader import ShardLoader
 from shards.progress import progress
+from shards.storage import storage_options
 
 
 def bench_command(arguments: Sequence[str]) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from shards.manifest import (
     MANIFEST,
@@ -23,9 +22,8 @@ from shards.manifest import (
     survey,
     unrecorded,
 )
-from shards.record import explain_invalid
-from shards.storage import open_store
-from shards.store import StorageConfig, Store
+from shards.storage import open_store, storage_options
+from shards.store import Store
 from shards.writer import discard
 
 COMMANDS = {
@@ -74,14 +72,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _open(options: argparse.Namespace) -> Store:
     return open_store(options.root, storage_options(options.options))
-
-
-def storage_options(text: str) -> StorageConfig:
-    """Storage options from their JSON. Raises ValueError that doesn't repeat what was given: it may hold a secret."""
-    try:
-        return TypeAdapter(StorageConfig).validate_json(text)
-    except ValidationError as error:
-        raise ValueError(f"The storage options are not right: {explain_invalid(error)}.") from None
 
 
 def seal_command(arguments: Sequence[str]) -> int:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 
 import xxhash
 
-from shards.cli import storage_options
 from shards.manifest import (
     MANIFEST,
     SPEC,
@@ -17,15 +16,15 @@ from shards.manifest import (
     Manifest,
     confirmed,
     format_ranges,
-    load_manifest,
     parse_manifest,
 )
 from shards.progress import progress
 from shards.record import Record, encode_index, read_record
-from shards.storage import open_store
+from shards.storage import open_store, storage_options
 from shards.store import Store, anew
 from shards.tar import canonical_json
 from shards.verify import verify
+from shards.writer import discard
 
 
 def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
@@ -139,11 +138,11 @@ def copy_command(arguments: Sequence[str]) -> int:
         f"{target.url}: {manifest.num_shards} shards, {manifest.tar_bytes.sum() / 1e9:.2f} GB, digest {manifest.digest}"
     )
     if options.verify:
-        _verify(source, target, options.jobs)
+        _verify(source, target, manifest, options.jobs)
     return 0
 
 
-def _verify(source: Store, target: Store, jobs: int) -> None:
+def _verify(source: Store, target: Store, manifest: Manifest, jobs: int) -> None:
     """Read the copy back, and copy once more what is bad in it. Raises IncompleteError if that doesn't help."""
     report = verify(target)
     print(report)
@@ -151,9 +150,8 @@ def _verify(source: Store, target: Store, jobs: int) -> None:
         return
     bad = sorted(report.bad)
     print(f"{target.url}: copying the shards {format_ranges(bad)} once more", file=sys.stderr)
-    manifest = load_manifest(source)
     for index in bad:
-        target.delete(f"{manifest.shard_name(index)}.json")  # without its record a shard is copied
+        discard(target, manifest.shard_name(index))
     copy(source, target, jobs)
     report = verify(target, bad)
     print(report)

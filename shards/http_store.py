@@ -90,7 +90,7 @@ class RemoteStore(Store):
         With `end` None the last may be yielded in part. `version` holds, or is given, what every piece must have been
         read from. An object that is `expected` is looked for more than once."""
         what = f"{self.url}/{check_name(name)}"
-        patience = _Patience(what, self.options)
+        patience = Patience(what, self.options)
         start, piece = offset, next(pieces)
         left: Sequence[memoryview] = piece
         while left:
@@ -187,7 +187,7 @@ _WAKE_BYTES = 1 << 18  # that wait in the kernel before it wakes the reader of a
 _PROGRESS_BYTES = 1 << 16  # what an attempt must bring to count as going on, and a connection in each stall_seconds
 
 
-class _Patience:
+class Patience:
     """How often and how long one transfer is tried again: bounds on the attempts and seconds without progress."""
 
     def __init__(self, what: str, options: StorageConfig) -> None:

@@ -131,8 +131,7 @@ class ShardLoader:
         """`source`: a sealed root (path, URL or manifest), several of them to be read as if they were one, or a mapping
         to the weights to mix them with, each in passes of its own. `options` override fields of `config`. `ledger`: a
         folder in which what is served is recorded."""
-        if not 0 <= rank < world_size:
-            raise ValueError(f"There is no rank {rank} of {world_size}; ranks go from 0 to world_size - 1.")
+        check_rank(rank, world_size)
         try:
             self.config = _CONFIG.validate_python(asdict(replace(config or LoaderConfig(), **options)))
         except ValidationError as error:
@@ -319,6 +318,12 @@ class ShardLoader:
         raise TypeError("A ShardLoader has threads, connections and memory of its own: make one in each process.")
 
 
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise ValueError for a rank that there cannot be."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"There is no rank {rank} of {world_size}; ranks go from 0 to world_size - 1.")
+
+
 class _LightningEpochs:
     """Where Lightning looks for a sampler, to say which epoch begins: so an epoch that it leaves early, or that a
     checkpoint behind it ended, is not begun again. Its count may be another than ours, which a loaded state gives."""
@@ -356,7 +361,8 @@ def _digest(readers: Sequence[SampleReader], order: StreamOrder) -> str:
     """The identity of a data set, or of a mixture."""
     if len(readers) == 1:
         return readers[0].manifest.digest
-    mixture = [[reader.manifest.digest for reader in readers], order.shares]
+    shares = None if order.shares is None else order.shares.tolist()
+    mixture = [[reader.manifest.digest for reader in readers], shares]
     return sha256(repr(mixture).encode()).hexdigest()[:32]
 
 

@@ -25,7 +25,7 @@ import obstore
 import obstore.store
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
-from shards.http_store import Body, Failure, HttpClient, OutOfRangeError, RemoteStore, _Patience
+from shards.http_store import Body, Failure, HttpClient, OutOfRangeError, Patience, RemoteStore
 from shards.store import Buffer, Sink, StorageConfig, TransferError, UploadError, as_bytes, check_name
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class ObjectStore(RemoteStore):
         most, however long that takes: parts that came through are progress that only the client sees."""
         in_parts = upload_bytes > self.options.part_bytes
         options = replace(self.options, retry_seconds=math.inf) if in_parts else self.options
-        patience = _Patience(f"{self.url}/{name}", options)
+        patience = Patience(f"{self.url}/{name}", options)
         while True:
             client = self._connect(uploads=upload_bytes > SMALL_BYTES)
             try:
@@ -354,7 +354,7 @@ def _failure(error: Exception) -> Failure:
 
 def _kind(error: Exception) -> type[OSError]:
     """The built-in error that says what an obstore error means."""
-    text = str(error).partition("\n\nDebug source")[0].strip()
+    text = _text(error)
     if isinstance(error, AlreadyExistsError):
         return FileExistsError
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
@@ -368,11 +368,15 @@ _EXPIRED = re.compile("<Code>(ExpiredToken|TokenRefreshRequired|InvalidToken)|40
 _REFUSED = re.compile(f"403 Forbidden|{_EXPIRED.pattern}|{_NO_CREDENTIALS.pattern}")
 
 
+def _text(error: Exception) -> str:
+    """An obstore error in one line, without its debugging part."""
+    return " ".join(str(error).partition("\n\nDebug source")[0].split())
+
+
 def _reason(error: Exception) -> str:
     """An obstore error in one line, without what may hold secrets: its debugging part, the queries and passwords of
     URLs, and all of an XML answer but code and message."""
-    text = " ".join(str(error).partition("\n\nDebug source")[0].split())
-    text, *answer = re.split(r"<\?xml|<Error", text, maxsplit=1)
+    text, *answer = re.split(r"<\?xml|<Error", _text(error), maxsplit=1)
     if answer:
         text += ": ".join(re.findall(r"<(?:Code|Message)>([^<]*)", answer[0]))
     text = re.sub(r"://[^\s/@]*@", "://", text)

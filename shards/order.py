@@ -142,7 +142,7 @@ class StreamOrder:
         self.seed, self.block_samples, self.shuffle = seed, block_samples, shuffle
         self._sources = sources
         self._starts = np.cumsum([0, *(size for _, size in sources)])
-        self.shares: list[int] | None = None  # of MIXING_PERIOD, of each data set
+        self.shares: Integers | None = None  # of MIXING_PERIOD, of each data set
         if weights is None:
             return
         if len(weights) != len(sources) or not all(0 < weight < np.inf for weight in weights):
@@ -150,8 +150,8 @@ class StreamOrder:
         if not shuffle:
             raise ValueError(f"Weights {list(weights)} mix in random order: shuffle, or give the data sets as a list.")
         self._bounds = np.round(np.cumsum([0.0, *weights]) / sum(weights) * MIXING_PERIOD).astype(np.int64)
-        self.shares = np.diff(self._bounds).tolist()
-        if min(self.shares) == 0:
+        self.shares = np.diff(self._bounds)
+        if self.shares.min() == 0:
             raise ValueError(f"Weights {list(weights)}: the smallest is under 1/{MIXING_PERIOD} of the sum.")
 
     def __getitem__(self, places: ArrayLike) -> Draws:
@@ -162,7 +162,7 @@ class StreamOrder:
             cycle, number = self._passes(digest, int(self._starts[-1]), places)
             source = np.searchsorted(self._starts, number, side="right") - 1
             return Draws(source, cycle, number - self._starts[source])
-        source, turn = self._interleave(places)
+        source, turn = self._interleave(places, self.shares)
         cycle, sample = np.empty_like(turn), np.empty_like(turn)
         for index, (digest, size) in enumerate(self._sources):
             own = source == index
@@ -178,7 +178,7 @@ class StreamOrder:
                 sample[own] = EpochOrder(size, self.block_samples, digest, self.seed, number)[sample[own]]
         return cycle, sample
 
-    def _interleave(self, places: Integers) -> tuple[Integers, Integers]:
+    def _interleave(self, places: Integers, shares: Integers) -> tuple[Integers, Integers]:
         """Whose place it is, and how many that data set had before."""
         block, inside = np.divmod(places, self.block_samples)
         period, slot = np.divmod(block, MIXING_PERIOD)
@@ -186,7 +186,7 @@ class StreamOrder:
             mixing = Permutation(MIXING_PERIOD, (self.seed, int(number)))
             slot[period == number] = mixing(slot[period == number])
         source = np.searchsorted(self._bounds, slot, side="right") - 1
-        turn = period * np.diff(self._bounds)[source] + slot - self._bounds[source]
+        turn = period * shares[source] + slot - self._bounds[source]
         return source, turn * self.block_samples + inside
 
     def counts(self, place: int) -> list[int]:
@@ -197,7 +197,7 @@ class StreamOrder:
         if self.shares is None:
             round_places, each = int(self._starts[-1]), np.diff(self._starts)
         else:
-            round_places, each = MIXING_PERIOD * self.block_samples, np.array(self.shares) * self.block_samples
+            round_places, each = MIXING_PERIOD * self.block_samples, self.shares * self.block_samples
         first = place - place % round_places
         counts = first // round_places * each
         for start in range(first, place, COUNTED_AT_ONCE):

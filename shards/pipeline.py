@@ -7,7 +7,6 @@ strangers, `pipe:` commands, places without random access. Both end in `collate`
 import gzip
 import logging
 import os
-import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,10 +25,10 @@ import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.batches import Batch
-from shards.loader import ShardLoader
+from shards.loader import ShardLoader, check_rank
 from shards.manifest import Manifest
 from shards.order import Permutation
-from shards.storage import open_object
+from shards.storage import is_remote, open_object
 from shards.store import StorageConfig
 from shards.tar import Sample, members, parse_npy, parse_text
 
@@ -115,8 +114,7 @@ class SequentialLoader:
         `shuffle`: the order of the tars; `shuffle_samples`: size of webdataset's shuffle buffer behind it. `stages`
         stand between decode and collate. `read_timeout_seconds`: a batch that takes longer raises instead of hanging.
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"There is no rank {rank} of {world_size}; ranks go from 0 to world_size - 1.")
+        check_rank(rank, world_size)
         if batch_size < 1 or (num_batches is not None and num_batches < 1):
             raise ValueError(f"batch_size = {batch_size} and num_batches = {num_batches}: give 1 or more of each.")
         self._shards = _shards(source, storage)
@@ -255,7 +253,7 @@ class Shard:
     def open(self) -> Iterator["_ForwardFile"]:
         """A file that can be read and, forward only, positioned."""
         with ExitStack() as stack:
-            if self.manifest or _REMOTE.match(self.url):
+            if self.manifest or (is_remote(self.url) and "?" not in self.url):  # webdataset has pipes for these
                 url = f"{self.manifest.url}/{self.url}" if self.manifest else self.url
                 store, name = open_object(url, self.storage)
                 pieces = store.stream(name)
@@ -267,9 +265,6 @@ class Shard:
             yield file
             while file.read(1 << 20):  # behind the tar's end a gzip has its checksum
                 pass
-
-
-_REMOTE = re.compile(r"(s3|gs|az|abfss?|https?)://[^?]*$")  # what our storage reads, and webdataset through pipes
 
 
 def _shards(source: Url | Sequence[Url] | Manifest, storage: StorageConfig | None) -> list[Shard]:

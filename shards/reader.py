@@ -28,8 +28,8 @@ Found = tuple[str, dict[str, Any]] | CorruptSampleError  # a sample's key and te
 def select(fields: Sequence[Field], names: Sequence[str] | None) -> tuple[Field, ...]:
     """The fields of these names, in the order of the names (None: all). Raises ValueError for one that is not there."""
     by_name = {field.name: field for field in fields}
-    if len({*(names or ())}) < len(names or ()):
-        raise ValueError(f"Of the fields {', '.join(names or ())} one is named twice.")
+    if names and len({*names}) < len(names):
+        raise ValueError(f"Of the fields {', '.join(names)} one is named twice.")
     missing = [name for name in names or () if name not in by_name]
     if missing:
         raise ValueError(f"There is no field {missing[0]!r} in this data set, which has {', '.join(by_name)}.")
@@ -50,6 +50,7 @@ class _Place(NamedTuple):
     name: str
     offset: int
     size: int
+    head_bytes: int
     checksums: list[int]  # of its head and of each field that is read
 
 
@@ -166,7 +167,7 @@ class SampleReader:
             self.store.read_ranges(place.name, ranges)
             if self.checksums:
                 for read, tensors, around in together:
-                    compare([around.head[: read.size - self._rest_bytes], *tensors], read.checksums)
+                    compare([around.head[: read.head_bytes], *tensors], read.checksums)
             together, ranges = [], []
         return [self._parse(place, margin) for place, margin in zip(places, margins)]
 
@@ -174,29 +175,29 @@ class SampleReader:
         shard, row = self.manifest.locate(sample)
         name, index = self._index(shard)
         offset, size, *checksums = index[row].tolist()
-        text_bytes = size - self._rest_bytes - self._header_bytes - BLOCK  # with its padding
+        head_bytes = size - self._rest_bytes
+        text_bytes = head_bytes - self._header_bytes - BLOCK  # with its padding
         if not 0 <= text_bytes <= MAX_TEXT_BYTES + BLOCK:
             raise ValueError(f"its {size} bytes in the index do not fit its fields")
-        return _Place(name, offset, size, checksums)
+        return _Place(name, offset, size, head_bytes, checksums)
 
     def _scatter(
         self, place: _Place, rows: Sequence[memoryview], margins: Margins
     ) -> Iterator[tuple[int, list[memoryview]]]:
         """What to read: byte offsets in the tar, and the buffers that the bytes from there on go to."""
-        head_bytes = place.size - self._rest_bytes
-        if head_bytes > len(margins.head):
-            margins.head = memoryview(bytearray(2 * head_bytes))
+        if place.head_bytes > len(margins.head):
+            margins.head = memoryview(bytearray(2 * place.head_bytes))
         for start, parts in self._runs:
             buffers = [rows[index] if is_row else margins.after[index] for is_row, index in parts]
             if start == 0:
-                yield place.offset, [margins.head[:head_bytes], *buffers]
+                yield place.offset, [margins.head[: place.head_bytes], *buffers]
             else:
-                yield place.offset + head_bytes + start, buffers
+                yield place.offset + place.head_bytes + start, buffers
 
     def _parse(self, place: _Place, margins: Margins) -> tuple[str, dict[str, Any]]:
         """Key and text of a sample from what surrounds its tensors, all of which is compared with the format."""
         key, text_size = parse_head(margins.head)
-        if not self._is_framed(key, text_size, place.size - self._rest_bytes, margins):
+        if not self._is_framed(key, text_size, place.head_bytes, margins):
             raise ValueError(self._explain(place))
         return key, parse_text(margins.head[BLOCK : BLOCK + text_size])
 

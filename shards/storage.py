@@ -1,11 +1,29 @@
 """A path or URL into the store that it names."""
 
 import os
-import re
 from urllib.parse import unquote, urlsplit
 
+from pydantic import TypeAdapter, ValidationError
+
 from shards.local_store import LocalStore, temporary_name
+from shards.record import explain_invalid
 from shards.store import StorageConfig, Store
+
+_BUCKETS, _SERVERS = ("s3", "gs", "az", "abfs", "abfss"), ("http", "https")
+
+
+def is_remote(url: str) -> bool:
+    """Whether a path or URL is that of a bucket or server that is read here."""
+    scheme, separator, _ = url.partition("://")
+    return bool(separator) and scheme in (*_BUCKETS, *_SERVERS)
+
+
+def storage_options(text: str) -> StorageConfig:
+    """Storage options from their JSON. Raises ValueError that doesn't repeat what was given: it may hold a secret."""
+    try:
+        return TypeAdapter(StorageConfig).validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"The storage options are not right: {explain_invalid(error)}.") from None
 
 
 def open_store(url: str | os.PathLike[str], options: StorageConfig | None = None) -> Store:
@@ -15,7 +33,8 @@ def open_store(url: str | os.PathLike[str], options: StorageConfig | None = None
     one of which a part would have no effect."""
     options = options or StorageConfig()
     text = os.fspath(url).removesuffix("/manifest.json")
-    if re.match(r"(file|s3|gs|az|abfss?|https?):(?!//)", text):
+    scheme, colon, rest = text.partition(":")
+    if scheme in ("file", *_BUCKETS, *_SERVERS) and colon and not rest.startswith("//"):
         raise ValueError(f"{text}: a URL has two slashes behind its colon; for a path of that name write ./{text}.")
     parts = urlsplit(text if "://" in text else "")
     if parts.fragment:
@@ -34,11 +53,11 @@ def open_store(url: str | os.PathLike[str], options: StorageConfig | None = None
             )
     if not parts.hostname:
         raise ValueError(f"{text}: a server or bucket must be named behind {parts.scheme}://.")
-    if parts.scheme in ("http", "https"):
+    if parts.scheme in _SERVERS:
         from shards.http_store import HttpStore
 
         return HttpStore(text, options)
-    if parts.scheme in ("s3", "gs", "az", "abfs", "abfss"):
+    if parts.scheme in _BUCKETS:
         from shards.object_store import ObjectStore
 
         return ObjectStore(text, options)

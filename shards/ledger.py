@@ -147,11 +147,11 @@ class EpochAudit:
         left = f"{self.epoch_samples - self.served} left out at the end" if self.is_over else "not over yet"
         if beyond:
             left += f" ({beyond} more came behind places that were not served)"
-        replayed = sum(len(part.positions) for part in self.lost)
+        in_vain = sum(len(part.positions) for part in self.lost)
         damaged = sum(int((part.keys == 0).sum()) for part in self.standing)
         return (
             f"epoch {self.epoch}: {self.served} of {self.epoch_samples} samples served exactly once, {left}; "
-            f"{damaged} damaged, {replayed} served again after restarts"
+            f"{damaged} damaged, {in_vain} more served in vain before restarts"
         ) + "".join(f"\n  PROBLEM: {problem}" for problem in self.problems)
 
 

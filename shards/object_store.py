@@ -25,7 +25,8 @@ import obstore
 import obstore.store
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
-from shards.http_store import Body, Failure, HttpClient, OutOfRangeError, Patience, RemoteStore
+from shards.http_store import HttpClient
+from shards.remote_store import AbsentError, Body, Failure, OutOfRangeError, Patience, RefusedError, RemoteStore
 from shards.store import Buffer, Sink, StorageConfig, TransferError, UploadError, as_bytes, check_name
 
 if TYPE_CHECKING:
@@ -213,22 +214,21 @@ class ObjectStore(RemoteStore):
     def _ask(self, name: str, request: Callable[["Client"], T], upload_bytes: int = 0, expected: bool = True) -> T:
         """What a request brings, made again as reads are; its errors are named by our URL and free of secrets.
 
-        Only an object that is `expected` is looked for more than once. One that is put in parts is put three times at
-        most, however long that takes: parts that came through are progress that only the client sees."""
-        in_parts = upload_bytes > self.options.part_bytes
-        options = replace(self.options, retry_seconds=math.inf) if in_parts else self.options
-        patience = Patience(f"{self.url}/{name}", options)
+        An object that is put in parts is put three times at most, however long that takes: parts that came through are
+        progress that only the client sees."""
+        options = self.options
+        if upload_bytes > options.part_bytes:
+            options = replace(options, retry_seconds=math.inf, retry_attempts=min(3, options.retry_attempts))
+        patience = Patience(f"{self.url}/{name}", options, expected)
         while True:
             client = self._connect(uploads=upload_bytes > SMALL_BYTES)
             try:
                 return request(client)
             except (BaseError, OSError) as error:
                 failure = _failure(error)
-            if failure.error is FileExistsError or (failure.error is FileNotFoundError and not expected):
-                raise failure.error(f"{self.url}/{name}: {failure}")
-            if failure.error is PermissionError:
+            if failure.error is RefusedError:
                 self._clients = {}  # the next ones read the environment and the profiles again
-            patience.wait(0, failure, 3 if in_parts else None)
+            patience.wait(0, failure)
 
     def _connect(self, uploads: bool = False) -> "Client":
         """The client of this process for large bodies or all else, made when it is first needed."""
@@ -349,18 +349,19 @@ def _failure(error: Exception) -> Failure:
     """What an obstore error means for another attempt."""
     kind = _kind(error)
     is_final = re.search(r"status code: 4(?!08|09|25|29)|redirect", str(error))  # nothing to do with the network
-    return Failure(_reason(error), error=kind, attempts=None if kind is TransferError and not is_final else 3)
+    attempts = 1 if kind is FileExistsError else None if kind is TransferError and not is_final else 3
+    return Failure(_reason(error), error=kind, attempts=attempts)
 
 
 def _kind(error: Exception) -> type[OSError]:
-    """The built-in error that says what an obstore error means."""
+    """The error that says what an obstore error means."""
     text = _text(error)
     if isinstance(error, AlreadyExistsError):
         return FileExistsError
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
-        return PermissionError
+        return RefusedError
     missing = isinstance(error, FileNotFoundError) or "404 Not Found" in text  # as lists and deletes say it
-    return FileNotFoundError if missing else TransferError
+    return AbsentError if missing else TransferError
 
 
 _NO_CREDENTIALS = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)")

@@ -3,7 +3,6 @@
 A model that heard a test clip in training is not tested by it. Sounds are compared by fingerprints that survive another
 format, sample rate or gain; exit status 3 says that splits share something."""
 
-import argparse
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import soxr
 from audiosep.catalogue import Catalogue, read_catalogue
 from audiosep.clips import Rejection, open_clip
 from audiosep.stft import hann_window
+from shards.arguments import Parser
 from shards.progress import progress
 
 FINE, LEAKS = 0, 3
@@ -26,7 +26,7 @@ BLOCK = 4096  # clips compared with as many others at a time
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="audiosep check", description=__doc__)
+    parser = Parser(prog="audiosep check", description=__doc__)
     parser.add_argument("catalogues", nargs="+", help="one for each split")
     options = parser.parse_args(arguments)
     splits = {name: read_catalogue(name, check_files=False) for name in options.catalogues}

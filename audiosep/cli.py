@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = words.pop(0)
     if command not in COMMANDS:
-        print(f"audiosep: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"audiosep: no such command; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(f"audiosep.{command}").main(words)

@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from shards.arguments import Parser
+
 T = TypeVar("T")
 
 
@@ -43,8 +45,13 @@ def build_config(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         if not problems:
             return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        problems = list(map(_problem, error.errors()))
     raise ValueError(f"{where}: " + "; ".join(problems))
+
+
+def _problem(error: Any) -> str:
+    got = "" if "storage" in error["loc"] else f" (got {error['input']!r})"  # some may put secrets there
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}{got}"
 
 
 def plain(config: Any) -> Any:
@@ -52,9 +59,9 @@ def plain(config: Any) -> Any:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
-def command_parser(command: str, description: str | None, cls: type) -> argparse.ArgumentParser:
+def command_parser(command: str, description: str | None, cls: type) -> Parser:
     """The parser of an `audiosep` command: its help ends with every key of its config, `cls`."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"audiosep {command}",
         description=description,
         epilog="config keys, each also an option --section.key VALUE:\n" + describe(cls),
@@ -72,17 +79,22 @@ def describe(cls: type) -> str:
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    words = list(overrides)
+    """Keys and values. Raises ValueError that repeats no value: it may be a secret behind a mistyped key."""
+    key, words = "", list(overrides)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"Unexpected argument {word!r}; a config key is set with --section.key VALUE.")
+            place = f" behind the value of --{key}" if key else ""
+            raise ValueError(f"Unexpected argument{place}; a config key is set with --section.key VALUE.")
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not words:
                 raise ValueError(f"--{key} needs a value.")
             value = words.pop(0)
-        yield key, yaml.safe_load(value)
+        try:
+            yield key, yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"The value of --{key} is not valid YAML; put it in quotes of its own.") from None
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> None:

@@ -1,6 +1,5 @@
 """`audiosep explain`: of what one sample was made, made again from the clips and compared with what is stored."""
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ from audiosep.mixing import Mixture, mix
 from audiosep.recipes import Recipe, Source
 from audiosep.samples import CONDITION, Encoder, Rendered, open_manifest
 from audiosep.stft import StftConfig
+from shards.arguments import Parser
 from shards.manifest import Manifest
-from shards.storage import open_store
+from shards.storage import open_store, storage_options
 from shards.store import StorageConfig, Store
 from shards.tar import Sample
 from shards.verify import read_sample
@@ -29,21 +29,19 @@ TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-4}  # of the large
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="audiosep explain", description=__doc__)
+    parser = Parser(prog="audiosep explain", description=__doc__)
     parser.add_argument("root", help="folder or URL of a sealed data set")
-    parser.add_argument("key", help="the sample's key, which is its number")
+    parser.add_argument("key", type=int, help="the sample's key, which is its number")
     parser.add_argument("--clips", action="append", help="where the clips are now, once for each catalogue file")
     parser.add_argument("--listen", metavar="OUT", help="folder for WAVs of mixture, target and each interferer")
     parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     options = parser.parse_args(arguments)
-    if not options.key.isdigit():
-        raise ValueError(f"{options.key!r} is no key: keys are the samples' numbers, such as 000000123.")
-    storage = build_config(StorageConfig, json.loads(options.options), "--options")
+    storage = storage_options(options.options)
     store = open_store(options.root, storage)
     manifest = open_manifest(store)
-    if int(options.key) >= manifest.num_samples:
+    if not 0 <= options.key < manifest.num_samples:
         raise ValueError(f"{options.root} has samples 0 to {manifest.num_samples - 1}, not {options.key}.")
-    stored = read_sample(store, manifest, int(options.key))
+    stored = read_sample(store, manifest, options.key)
     print("\n".join(describe(stored, manifest)))
     try:
         rendered = render(stored.text, manifest.spec, options.clips or folders_of(store), storage)

@@ -3,7 +3,6 @@
 The tars are those of LAION-Audio, audio2dataset and other WebDataset makers: a clip's audio beside a .json or .txt of
 the same name. They are read through once, here; precompute then reads just the bytes of the clips that it needs."""
 
-import argparse
 import io
 import json
 import os
@@ -13,9 +12,9 @@ from typing import Any, BinaryIO, cast
 
 from braceexpand import braceexpand
 
-from audiosep.config import build_config
+from shards.arguments import Parser
 from shards.progress import progress
-from shards.storage import open_store
+from shards.storage import open_store, storage_options
 from shards.store import StorageConfig, Store
 from shards.tar import Member, members
 
@@ -25,12 +24,12 @@ READ_AHEAD_BYTES = 1 << 20
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="audiosep index", description=__doc__)
+    parser = Parser(prog="audiosep index", description=__doc__)
     parser.add_argument("tars", nargs="+", help="paths or URLs, with braces such as s3://bucket/{00000..00127}.tar")
     parser.add_argument("--output", "-o", required=True, help="the catalogue to write, .jsonl")
     parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     options = parser.parse_args(arguments)
-    storage = build_config(StorageConfig, json.loads(options.options), "--options")
+    storage = storage_options(options.options)
     tars = [tar for pattern in options.tars for tar in braceexpand(pattern)]
     num_clips = num_silent = 0
     with open(options.output, "w", encoding="utf-8") as catalogue:

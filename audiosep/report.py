@@ -1,6 +1,5 @@
 """`audiosep report`: what is in a data set, as one HTML page that needs no network and no other file."""
 
-import argparse
 import base64
 import html
 import io
@@ -19,15 +18,15 @@ import soundfile
 import torch
 
 from audiosep.clips import Rejection
-from audiosep.config import build_config
 from audiosep.explain import folders_of, render
 from audiosep.samples import Batch, decode, open_manifest
 from audiosep.stft import istft
+from shards.arguments import Parser
 from shards.loader import ShardLoader
 from shards.manifest import Manifest
 from shards.progress import progress
 from shards.record import read_record
-from shards.storage import open_store
+from shards.storage import open_store, storage_options
 from shards.store import StorageConfig, Store
 
 SILENT_DB = -60.0  # below the loudest frame, a frame counts as silence
@@ -35,7 +34,7 @@ MAX_RECORDS = 1000  # records looked through for examples of rejected clips
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="audiosep report", description=__doc__)
+    parser = Parser(prog="audiosep report", description=__doc__)
     parser.add_argument("root", help="folder or URL of a sealed data set")
     parser.add_argument("--output", "-o", default="report.html", help="the page (default: report.html)")
     parser.add_argument("--samples", type=int, default=20_000, help="samples looked at, chosen at random, at most")
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--clips", action="append", help="where the clips are now, once for each catalogue file")
     parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     options = parser.parse_args(arguments)
-    storage = build_config(StorageConfig, json.loads(options.options), "--options")
+    storage = storage_options(options.options)
     store = open_store(options.root, storage)
     manifest = open_manifest(store)
     survey, examples = look(manifest, storage, min(options.samples, manifest.num_samples), options.examples)

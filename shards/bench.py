@@ -1,18 +1,18 @@
 """`shards bench`: what reading a data set gives from where it stands, and whether that keeps a GPU busy."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain, repeat
 
+from shards.arguments import Parser
 from shards.loader import ShardLoader
 from shards.progress import progress
 from shards.storage import storage_options
 
 
 def bench_command(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="shards bench",
         description="Read batches as training does, in shuffled order, and say how fast they come. Files that were "
         "read before come from memory: for the storage's own speed, take one larger than memory or not read yet.",

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from shards.arguments import Parser
 from shards.manifest import (
     MANIFEST,
     IncompleteError,
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = words.pop(0)
     if command not in COMMANDS:
-        print(f"shards: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"shards: no such command; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         return getattr(importlib.import_module(COMMANDS[command][0]), f"{command}_command")(words)
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"shards {command}", description=f"{COMMANDS[command][1].capitalize()}.")
+def _parser(command: str) -> Parser:
+    parser = Parser(prog=f"shards {command}", description=f"{COMMANDS[command][1].capitalize()}.")
     parser.add_argument("root", metavar="ROOT", help="folder or URL of the shards")
     parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     return parser
@@ -160,7 +161,7 @@ def info_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _sample_parser(command: str) -> argparse.ArgumentParser:
+def _sample_parser(command: str) -> Parser:
     parser = _parser(command)
     parser.add_argument("sample", type=int, metavar="SAMPLE", help="its number, from 0")
     return parser

@@ -1,6 +1,5 @@
 """A sealed data set from one place to another: `shards copy SOURCE TARGET`, checked, in parallel, and resumable."""
 
-import argparse
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -9,6 +8,7 @@ from dataclasses import asdict
 
 import xxhash
 
+from shards.arguments import Parser
 from shards.manifest import (
     MANIFEST,
     SPEC,
@@ -121,7 +121,7 @@ def _has(target: Store, name: str, record: Record) -> bool:
 
 
 def copy_command(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shards copy", description="Copy a sealed data set, checking every byte.")
+    parser = Parser(prog="shards copy", description="Copy a sealed data set, checking every byte.")
     parser.add_argument("source", metavar="SOURCE", help="folder or URL of a sealed data set")
     parser.add_argument("target", metavar="TARGET", help="folder or URL to copy it to; what is there already is kept")
     parser.add_argument("--jobs", type=int, default=4, help="shards copied at once (default: 4)")

@@ -1,6 +1,5 @@
 """What each rank was served, on record, and the proof from all ranks' records that every sample came exactly once."""
 
-import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from shards.arguments import Parser
 
 
 class Ledger:
@@ -253,7 +254,7 @@ def _attempts(iterations: Sequence[Iteration]) -> list[list[Iteration]]:
 
 
 def audit_command(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shards audit", description=audit.__doc__)
+    parser = Parser(prog="shards audit", description=audit.__doc__)
     parser.add_argument("ledgers", nargs="+", help="ledger folders, or single rank-*.jsonl files of one training")
     options = parser.parse_args(arguments)
     exact = over = True

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import asdict
+from typing import NoReturn
 
 from slurm import pipeline
 from slurm.config import known_keys, load_config
@@ -33,7 +35,7 @@ def _run(words: list[str]) -> int:
         folder, split, attempt, rounds_left = words[1:]
         return pipeline.finish(folder, split, int(attempt), int(rounds_left))
     keys = "\n".join(f"  --{key}\n        {meaning}" for key, meaning in known_keys().items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "python -m slurm",
         description=USAGE,
         epilog=f"config keys (a key of the command's own section needs no section):\n{keys}",
@@ -58,6 +60,13 @@ def _run(words: list[str]) -> int:
         print(f"{name}: job {job_id}")
     print(f"Scripts, configs and logs: {run.folder}")
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors name arguments, but repeat no value: it may be a secret that was meant for another place."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.split("['\"=]", message)[0].rstrip(": "))
 
 
 def _status(run: Run, as_json: bool, every_seconds: float | None) -> int:

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,14 +63,23 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), section: str = 
         raise ValueError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}; a config is a mapping of sections and keys.")
-    for name, value in zip_longest(overrides[::2], overrides[1::2]):
-        if not name.startswith("--") or value is None:
-            raise ValueError(f"Unexpected argument {name!r}; a config key is set with --section.key VALUE.")
+    words = list(overrides)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--"):  # and may be a secret behind a mistyped key
+            raise ValueError("Unexpected argument; a config key is set with --section.key VALUE.")
+        if not equals:
+            if not words:
+                raise ValueError(f"{name} needs a value.")
+            value = words.pop(0)
         *path, last = name[2:].split(".") if "." in name or name[2:] in known_keys() else [section, name[2:]]
         where = data
         for part in path:
             where[part] = where = where.get(part) or {}
-        where[last] = yaml.safe_load(value) if value[:1] in "[{" else value  # a time stays a string
+        try:
+            where[last] = yaml.safe_load(value) if value[:1] in "[{" else value  # a time stays a string
+        except yaml.YAMLError:
+            raise ValueError(f"The value of {name} is not valid YAML; put it in quotes of its own.") from None
     try:
         config = TypeAdapter(SlurmConfig).validate_python(data)
         return replace(config, folder=str(Path(config.folder).resolve()))
@@ -102,4 +110,5 @@ def _problem(error: Any) -> str:
         nearest = difflib.get_close_matches(key, known_keys(), 1, 0)[0]
         return f"unknown key {key!r}; the nearest valid one is {nearest!r}"
     hint = "; put it in quotes" if error["type"] == "string_type" else ""
-    return f"{key}: {error['msg']} (got {error['input']!r}){hint}"
+    got = "" if "variables" in error["loc"] else f" (got {error['input']!r})"  # among which may be secrets
+    return f"{key}: {error['msg']}{got}{hint}"

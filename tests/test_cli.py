@@ -50,7 +50,6 @@ def test_a_command_gets_its_arguments_and_its_status_is_returned(command: Module
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     message = capsys.readouterr().err
-    assert "'trian'" in message
     assert "train" in message
 
 

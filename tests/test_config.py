@@ -85,7 +85,8 @@ def test_plain_data_and_yaml_bring_every_config_back(camera: Camera) -> None:
         (["--optics.shutter", "sector"], "optics.shutter"),
         (["--optics", "wide"], "optics"),
         (["--exposures"], "--exposures needs a value"),
-        (["exposures", "12"], "Unexpected argument 'exposures'"),
+        (["exposures", "12"], "Unexpected argument behind the value of --name"),
+        (["--exposures", "[1"], "The value of --exposures is not valid YAML"),
     ],
 )
 def test_what_is_wrong_is_named(overrides: list[str], named: str) -> None:

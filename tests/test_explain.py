@@ -77,10 +77,9 @@ def test_clips_that_moved_are_asked_for(sealed, tmp_path, capsys):
     assert json.loads((root / "origin.json").read_text())["folders"] == [str(audio)]
 
 
-@pytest.mark.parametrize(("key", "message"), [("24", "samples 0 to 23"), ("dog", "keys are the samples' numbers")])
-def test_a_key_that_is_none(sealed, key, message):
-    with pytest.raises(ValueError, match=message):
-        main([str(sealed[0]), key])
+def test_a_key_that_is_none(sealed):
+    with pytest.raises(ValueError, match="samples 0 to 23, not 24"):
+        main([str(sealed[0]), "24"])
 
 
 @pytest.mark.parametrize("command", ["explain", "report", "train"])

@@ -39,7 +39,7 @@ def test_help_and_mistakes(root, capsys):
     assert main([]) == main(["--help"]) == 0
     assert "verify" in capsys.readouterr().out
     for words, message in (
-        (["weave", "x"], "no command 'weave'; there are"),
+        (["weave", "x"], "no such command; there are"),
         (["info", str(root / "elsewhere")], "no data set was begun there"),
         (["show", str(root), "10"], "has samples 0 to 9, not 10"),
         (["cat", str(root), "1", "text"], "has no text; it has json, stft_mixture.2048.npy"),

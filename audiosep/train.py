@@ -3,6 +3,7 @@
 Exit status: 0 the run is complete; 2 a mistake to mend; 75 stopped by a signal, or by a storage that went away or
 refused, with a checkpoint to go on from."""
 
+import errno
 import logging
 import math
 import os
@@ -38,6 +39,7 @@ from shards.store import StorageConfig, Store, TransferError
 
 DONE, STOPPED = 0, 75
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN)  # of a file system whose server is gone
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 
@@ -144,8 +146,9 @@ def train(config: TrainConfig) -> int:
     first_step = checkpoint["global_step"] if begun else 0
     try:
         trainer.fit(system, data, ckpt_path=last if begun else None, weights_only=True)
-    except TransferError as error:
-        if trainer.global_step == first_step:  # it never worked: a mistake in the config, not an outage
+    except OSError as error:
+        away = isinstance(error, (TransferError, TimeoutError)) or error.errno in AWAY
+        if not away or trainer.global_step == first_step:  # it never worked: a mistake in the config, not an outage
             raise
         reason = str(error).rstrip(".")
         print(f"audiosep train: {reason}. The same command goes on from the last checkpoint.", file=sys.stderr)

@@ -42,18 +42,22 @@ class LocalStore(Store):
         return Path(self._path(name)).read_bytes()
 
     def read_range(self, name: str, offset: int, buffers: Sequence[memoryview | np.ndarray]) -> None:
-        file = self._open(self._path(name))
+        path = self._path(name)
+        file = self._open(path)
         wanted = sum([buffer.nbytes for buffer in buffers])
-        got = os.preadv(file.descriptor, buffers[:MAX_VECTOR], offset)  # type: ignore[arg-type]  # arrays are buffers
-        while got < wanted:
-            views = unfilled([*map(as_bytes, buffers)], got)
-            count = os.preadv(file.descriptor, views[:MAX_VECTOR], offset + got)
-            if count == 0:
-                raise EOFError(
-                    f"{self._path(name)} ends at byte {offset + got}; wanted {wanted} bytes from {offset}, "
-                    f"got {got}. The file is shorter than its index says: run `shards verify` and make it again."
-                )
-            got += count
+        try:
+            got = os.preadv(file.descriptor, buffers[:MAX_VECTOR], offset)  # type: ignore[arg-type]  # are buffers
+            while got < wanted:
+                views = unfilled([*map(as_bytes, buffers)], got)
+                count = os.preadv(file.descriptor, views[:MAX_VECTOR], offset + got)
+                if count == 0:
+                    raise EOFError(
+                        f"{path} ends at byte {offset + got}; wanted {wanted} bytes from {offset}, got {got}. "
+                        "The file is shorter than its index says: run `shards verify` and make it again."
+                    )
+                got += count
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
 
     def forget(self, name: str) -> None:
         with self._lock:

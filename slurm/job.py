@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 
 STOP_SIGNAL = "USR1"
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with everything finished so far kept
+MISTAKE = 2  # ended with a message that says what to mend
 OWN_OPTIONS = frozenset(
     ("array", "chdir", "dependency", "job-name", "open-mode", "output", "requeue", "signal", "wait")
 )
@@ -110,14 +111,13 @@ def _resource_options(resources: Resources) -> Iterator[str]:
     yield from resources.extra
 
 
-def step(
-    command: Sequence[str], resources: Resources, environment: Environment, requeue_killed: bool = False
-) -> list[str]:
+def step(command: Sequence[str], resources: Resources, environment: Environment, log: Path | None = None) -> list[str]:
     """Shell lines that run `command`, in parts of a line each, as the job's tasks, and requeue the job when they were
-    stopped (or also killed).
+    stopped; with `log`, the job's log less "-JOB.log", also when they crashed or were killed.
 
     srun hands the warning signal to every task, and ends all of them within seconds when one dies: no rank waits for
-    ever in a collective operation."""
+    ever in a collective operation. Its status is then that signal, whatever the status of the first, which only srun's
+    messages tell: a mistake would be made again in every restart."""
     parts = [f"srun --kill-on-bad-exit=1 --cpus-per-task={resources.cpus_per_task}"]
     image, mounts = shlex.quote(environment.container_image), [*map(shlex.quote, environment.container_mounts)]
     if environment.container_image and environment.container_runtime == "pyxis":
@@ -126,9 +126,19 @@ def step(
     elif environment.container_image:
         gpus = "--nv " if resources.gpus_per_node else ""
         parts += [f"apptainer exec {gpus}" + " ".join(f"--bind {mount}" for mount in ('"$PWD"', *mounts)), image]
+    before: list[str] = []
+    mistake: list[str] = []
     again, reason = f'[ "$status" -eq {STOPPED} ]', f"{STOPPED}: stopped cleanly by a signal, so it goes on from there."
-    if requeue_killed:
+    if log:
         again, reason = f'{{ {again} || [ "$status" -gt 128 ]; }}', f"{reason} Above 128: a task was killed."
+        before = [f'log={shlex.quote(str(log))}"-$SLURM_JOB_ID.log"', 'begin=$(stat --format=%s "$log")']
+        mistake = [
+            f"# {MISTAKE}: one task told a mistake (255 is apptainer's), which ended the others by a signal.",
+            'if tail -c "+$((begin + 1))" "$log" |',
+            f"    grep -qE '^srun: .*: Exited with exit code ({MISTAKE}|255)$'; then",
+            f"    status={MISTAKE}",
+            "fi",
+        ]
     requeue = [
         "",
         f"# {reason}",
@@ -136,13 +146,13 @@ def step(
         '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",
     ]
-    return with_status(" \\\n    ".join([*parts, *command]), requeue)
+    return [*before, *with_status(" \\\n    ".join([*parts, *command]), mistake, requeue)]
 
 
-def with_status(command: str, afterwards: Sequence[str] = ()) -> list[str]:
+def with_status(command: str, correction: Sequence[str] = (), afterwards: Sequence[str] = ()) -> list[str]:
     """Shell lines that run `command`, tell its status in the last line of the log, and end with it."""
     tell = 'echo "ended with status $status (restart ${SLURM_RESTART_COUNT:-0})"'
-    return [command, "status=$?", tell, *afterwards, 'exit "$status"']
+    return [command, "status=$?", *correction, tell, *afterwards, 'exit "$status"']
 
 
 def check_script(script: str) -> None:

@@ -60,7 +60,7 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
         "# Every rank finds the others through the first node of the job.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "export MASTER_ADDR",
-        *step(command, config.train, config.environment, requeue_killed=True),
+        *step(command, config.train, config.environment, run.log_folder / name),
     ]
     purpose = (
         f"Trains with {config.train.num_tasks_per_node} tasks on each of {config.train.nodes} nodes.\n"

@@ -31,7 +31,8 @@ REQUESTS = [
 
 
 def script(resources: Resources = REQUESTS[0], environment: Environment = CONTAINERS[0], array: str = "") -> str:
-    body = step(["audiosep train", "--config x.yaml"], resources, environment, requeue_killed=not array)
+    log = None if array else Path("/work dir/logs/train-1")
+    body = step(["audiosep train", "--config x.yaml"], resources, environment, log)
     return render("train-1", "Trains.", resources, environment, Path("/work dir"), Path("/work dir/logs"), body, array)
 
 
@@ -64,22 +65,46 @@ def test_a_container_runs_exactly_the_command_in_the_working_folder(tmp_path: Pa
         assert "srun: --config\nsrun: x y.yaml\n" in shown
 
 
-@pytest.mark.parametrize("status", [0, 1, 3, 75, 137])
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 75, 137, 253])
 @pytest.mark.parametrize("restart", ["0", "20"])
 @pytest.mark.parametrize("requeue_killed", [False, True])
 def test_only_stopped_and_killed_work_is_requeued_and_only_so_often(
     status: int, restart: str, requeue_killed: bool, tmp_path: Path
 ) -> None:
-    (tmp_path / "srun").write_text(f"#!/bin/bash\nexit {status}\n")
-    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
-    for name in ("srun", "scontrol"):
-        (tmp_path / name).chmod(0o755)
-    body = "\n".join(step(["anything"], Resources(), Environment(), requeue_killed))
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}
-    done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, env=env)
+    done = run_step(f"exit {status}", tmp_path / "train-1" if requeue_killed else None, tmp_path, restart)
     assert done.returncode == status
     goes_on = restart == "0" and (status == 75 or (status > 128 and requeue_killed))
     assert ("scontrol requeue 7" in done.stdout) == goes_on
+
+
+@pytest.mark.parametrize(
+    ("earlier", "tasks", "status"),
+    [
+        ("", "node[1-4]: tasks 0-7: Exited with exit code 2", 2),
+        ("", "node1: task 0: Exited with exit code 255", 2),
+        ("", "node1: task 0: Exited with exit code 1", 143),
+        ("", "node1: task 0: Exited with exit code 75", 143),
+        ("", "node1: task 0: Out Of Memory", 143),
+        ("srun: error: node1: task 0: Exited with exit code 2\nended with status 2 (restart 0)\n", "", 143),
+    ],
+)
+def test_a_mistake_that_one_rank_told_is_not_made_again(earlier: str, tasks: str, status: int, tmp_path: Path) -> None:
+    """Messages as srun writes them; an earlier start's no longer count."""
+    (tmp_path / "a log-7.log").write_text(earlier)
+    done = run_step(f'echo "srun: error: {tasks}" >>"$LOG"; exit 143', tmp_path / "a log", tmp_path)
+    assert done.returncode == status
+    assert f"ended with status {status} (restart 0)" in done.stdout
+    assert ("scontrol requeue 7" in done.stdout) == (status == 143)
+
+
+def run_step(srun: str, log: Path | None, folder: Path, restart: str = "0") -> subprocess.CompletedProcess[str]:
+    """Run a step's shell lines with a stand-in for srun, whose messages go to $LOG, and for scontrol."""
+    for name, text in {"srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    body = "\n".join(["set -u", *step(["anything"], Resources(), Environment(), log)])
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}
+    return subprocess.run(["bash", "-c", body], capture_output=True, text=True, env=env | {"LOG": f"{log}-7.log"})
 
 
 @pytest.mark.parametrize("stray", ["#SBATCH --nodes=2", "# SBATCH --nodes=2", "  #SBATCH --nodes=2"])

@@ -3,6 +3,7 @@ another number of nodes."""
 
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shards.manifest import bind, seal
 from shards.storage import open_store
+from shards.store import StorageConfig
 from shards.tar import Sample
 from shards.writer import write_shard
 from slurm.__main__ import main
@@ -47,22 +49,22 @@ def make_sample(index: int) -> Sample:
     return Sample(f"{index:09d}", {"text": "a third", "kind": "test", "length": 800, "index": index}, arrays)
 
 
-def write_run(folder: Path, root: Path, server: S3Server, **train: Any) -> str:
+def write_run(folder: Path, root: Path, model: str, storage: StorageConfig) -> str:
     settings = {
-        "root": f"s3://{BUCKET}/training",
+        "root": model,
         "logs": str(folder / "logs"),
         "data": {"train": str(root), "loader": {"batch_size": BATCH_SIZE}, "ledger": str(folder / "ledger")},
         "system": {"window": 64, "model": {"window_lengths": [64], "widths": [4], "condition_size": 4}},
         "trainer": {"max_epochs": 1, "checkpoint_steps": 10, "log_steps": 1, "accelerator": "cpu"},
     }
     settings["system"]["optimizer"] = {"warm_up_steps": 1}
-    settings["data"]["storage"] = asdict(server.options)
+    settings["data"]["storage"] = asdict(storage)
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))
     config = {
         "folder": str(folder / "run"),
         "audiosep": shlex.join([sys.executable, "-m", "audiosep.cli"]),
         "environment": {"variables": {"OMP_NUM_THREADS": "1"}},
-        "train": {"config": str(folder / "train.yaml"), "nodes": 2, "memory": "1500M", "time": "10"} | train,
+        "train": {"config": str(folder / "train.yaml"), "nodes": 2, "memory": "1500M", "time": "10"},
     }
     (folder / "slurm.yaml").write_text(yaml.safe_dump(config))
     return str(folder / "slurm.yaml")
@@ -82,7 +84,7 @@ def wait_for_batches(cluster: Cluster, folder: Path) -> None:
 def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nodes(
     cluster: Cluster, root: Path, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    config = write_run(tmp_path, root, s3_server)
+    config = write_run(tmp_path, root, f"s3://{BUCKET}/training", s3_server.options)
     assert main(["train", "--config", config]) == 0
     job = job_of(tmp_path)
     wait_for_batches(cluster, tmp_path)
@@ -106,6 +108,24 @@ def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nod
     loss_goes_on(tmp_path / "logs")
     store = open_store(f"s3://{BUCKET}/training", s3_server.options)
     assert [name for name, _ in store.list()] == ["checkpoints/last.ckpt"]
+
+
+def test_a_mistake_of_one_rank_ends_the_job_and_is_not_made_again(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    """srun's own status tells that the other rank was terminated, which is not what happened."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(root, damaged)
+    tar = damaged / "shard-000003.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    config = write_run(tmp_path, damaged, str(tmp_path / "model"), StorageConfig())
+    assert main(["train", "--config", config]) == 0
+    cluster.wait_idle(120)
+    shown = cluster.run("scontrol", "-o", "show", "job", job_of(tmp_path))
+    assert {"JobState=FAILED", "ExitCode=2:0", "Restarts=0"} < {*shown.split(" ")}
+    log = (tmp_path / "run" / "logs" / f"train-1-{job_of(tmp_path)}.log").read_text()
+    assert "shard-000003.tar) at byte" in log
+    assert "Terminated" in log or "Killed" in log, "the other rank was ended by srun"
 
 
 def job_of(folder: Path) -> str:

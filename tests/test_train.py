@@ -120,6 +120,30 @@ def test_credentials_that_expire_in_mid_training_end_it_with_a_checkpoint_to_go_
     assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] > 0
 
 
+@pytest.mark.parametrize(("fault", "told"), [("error", "Input/output error"), ("silence", "storage does not answer")])
+def test_a_file_system_that_goes_away_ends_training_with_a_checkpoint_to_go_on_from(
+    tmp_path: Path, fault: str, told: str, capfd: pytest.CaptureFixture[str]
+):
+    root = make_shards(tmp_path / "train", 100)
+    config = settings(tmp_path / "run", root, max_epochs=10_000, checkpoint_steps=5)
+    config["data"]["ledger"] = str(tmp_path / "ledger")
+    config["data"]["loader"]["read_timeout_seconds"] = 0.5
+    process = start(tmp_path / "config.yaml", config)
+    wait_for(lambda: num_served(tmp_path / "ledger") > 10, process)
+    for number, tar in enumerate(root.glob("*.tar")):
+        new = tmp_path / f"{number}"
+        if fault == "error":
+            new.symlink_to("/proc/self/mem")  # of which no process can read the first bytes: EIO
+        else:
+            os.mkfifo(new)  # which waits for a writer
+        new.rename(tar)
+    assert process.wait(60) == 75
+    error = capfd.readouterr().err
+    assert told in error
+    assert "shard-00000" in error
+    assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] >= 5
+
+
 def test_goes_on_with_another_batch_size_from_the_very_next_sample(tmp_path: Path, shards: Path):
     config = settings(tmp_path / "run", shards, max_steps=5)
     config["data"]["ledger"] = str(tmp_path / "ledger")

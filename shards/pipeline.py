@@ -47,8 +47,9 @@ class ShardSource(IterableDataset):
 
     Every iteration is the next epoch, split exactly over ranks and DataLoader workers. But workers that a DataLoader
     starts anew for each epoch know only how far the main process has come: call `set_epoch` there before each, or all
-    are the same. A sample is {"__key__", "json": dict, "<field>.npy": array}; its arrays live in reused memory, which
-    is theirs for as long as they live."""
+    are the same. All ranks have as many samples, and fewer than world_size * num_workers are left out; with
+    `drop_last=False` none is, and the lower ranks may have one more. A sample is {"__key__", "json": dict,
+    "<field>.npy": array}; its arrays live in reused memory, which is theirs for as long as they live."""
 
     def __init__(self, source: Any, *, rank: int = 0, world_size: int = 1, **options: Any) -> None:
         """`source` and `options` as for ShardLoader; `on_corrupt="skip"` on one rank only."""
@@ -64,7 +65,8 @@ class ShardSource(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        loader = self._make_loader(rank=self._rank * count + index, world_size=self._world_size * count)
+        # The workers' turns give a rank what it would read by itself: every world_size-th place of the epoch.
+        loader = self._make_loader(rank=index * self._world_size + self._rank, world_size=self._world_size * count)
         if loader.config.on_corrupt == "skip" and self._world_size > 1:
             raise ValueError(
                 f'on_corrupt="skip" leaves samples out here, so that {self._world_size} ranks would make unequal steps '

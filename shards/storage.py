@@ -5,7 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
-from shards.local_store import LocalStore, temporary_name
+from shards.local_store import LocalStore
 from shards.record import explain_invalid
 from shards.store import StorageConfig, Store
 
@@ -76,7 +76,7 @@ def check_writable(store: Store) -> None:
     """Put an empty object and remove it, so that hours of work aren't done for a place that can't take the result.
 
     Raises the OSError that the place gave, with what to do."""
-    name = temporary_name("writable")
+    name = ".tmp-writable"  # the same for all, so that what a killed process left goes the next time
     try:
         store.write(name, b"")
         store.delete(name)

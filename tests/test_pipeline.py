@@ -96,13 +96,18 @@ def test_shard_source_feeds_a_webdataset_pipeline_with_own_stages(root):
     assert keys != [key for batch in pipeline for key in batch["__key__"]]
 
 
-def test_shard_source_is_split_over_ranks_and_workers(root):
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_shard_source_is_split_over_ranks_and_workers(root, num_workers, drop_last):
     keys = []
     for rank in range(2):
-        source = ShardSource(root, rank=rank, world_size=2, drop_last=False, num_threads=1)
-        loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=2)
-        keys += [sample["__key__"] for sample in loader]
-    assert sorted(keys) == [f"{index:09d}" for index in range(57)]
+        source = ShardSource(root, rank=rank, world_size=2, drop_last=drop_last, num_threads=1)
+        loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=num_workers)
+        keys.append([sample["__key__"] for sample in loader])
+    order = [sample["__key__"] for sample in ShardSource(root)]
+    if drop_last:
+        del order[56:]
+    assert keys == [order[0::2], order[1::2]]
 
 
 def test_dataloader_workers_started_anew_follow_the_epoch_that_was_set(root):

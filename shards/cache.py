@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,8 @@ class CachedStore(Store):
     def delete(self, name: str) -> None:
         self._source.delete(name)
 
-    def sweep(self, prefix: str = "") -> Sequence[str]:
-        return self._source.sweep(prefix)
+    def sweep(self, prefix: str = "", rewritten: Container[str] = ()) -> Sequence[str]:
+        return self._source.sweep(prefix, rewritten)
 
 
 class _Room:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -60,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shards {command}: {error}", file=sys.stderr)
         return BAD_SHARDS if isinstance(error, IncompleteError) else 2
     except KeyboardInterrupt:
-        print(f"shards {command}: interrupted", file=sys.stderr)
+        print(f"shards {command}: interrupted", file=sys.stderr, flush=True)
+        if arguments is None:  # the process is ours, and would wait for what its threads do on a slow link
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
         return INTERRUPTED
 
 

@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 
 import xxhash
@@ -26,40 +26,49 @@ from shards.tar import canonical_json
 from shards.verify import verify
 from shards.writer import discard
 
+STOP_SECONDS = 1.0
+
 
 def copy(source: Store, target: Store, jobs: int = 4) -> Manifest:
     """Copy a sealed data set, `jobs` shards at a time, and return its manifest, which is written last.
 
     Every byte is compared with the source's checksums on its way. Shards that are complete in the target are not
-    copied again, so the same call goes on after any interruption, and sweeps up what that left. Raises ValueError if
-    the target belongs to another data set, IncompleteError naming the shards that could not be copied."""
+    copied again, so the same call goes on after any interruption, and sweeps up what that left. An exception such as
+    KeyboardInterrupt waits for STOP_SECONDS at most for uploads that end in order; a slow link may need minutes more.
+    Raises ValueError if the target belongs to another data set, IncompleteError naming the shards that could not be
+    copied."""
     data, spec = (confirmed(source, name, source.read(name)) for name in (MANIFEST, SPEC))
     manifest = parse_manifest(data, source.url)
     if not target.create(SPEC, spec) and target.read(SPEC) != spec:
         raise ValueError(f"{target.url} is bound to another spec than {source.url}; copy to another place.")
     if target.size(MANIFEST) is not None and target.read(MANIFEST) != data:
         raise ValueError(f"{target.url} holds another sealed data set than {source.url}; copy to another place.")
-    target.sweep()
+    target.sweep(rewritten={f"{manifest.shard_name(index)}.tar" for index in range(manifest.num_shards)})
     failed: dict[int, str] = {}
-    stop = threading.Event()
-    total = int(manifest.tar_bytes.sum())
-    with (
-        progress(total=total, desc="copy", unit="B", unit_scale=True) as bar,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
+    stop, pool = threading.Event(), ThreadPoolExecutor(jobs)
+    with progress(total=int(manifest.tar_bytes.sum()), desc="copy", unit="B", unit_scale=True) as bar:
 
         def attempt(index: int) -> None:
+            shown = 0
+
+            def show(num_bytes: int) -> None:
+                nonlocal shown
+                bar.update(num_bytes - shown)  # back to the first byte where a shard begins anew
+                shown = num_bytes
+
             try:
-                anew(lambda: copy_shard(source, target, manifest, index, bar.update, stop))
+                anew(lambda: copy_shard(source, target, manifest, index, show, stop))
             except (ValueError, OSError, EOFError) as error:
                 failed[index] = str(error)
 
+        copies = [pool.submit(attempt, index) for index in range(manifest.num_shards)]
         try:
-            list(pool.map(attempt, range(manifest.num_shards)))
-        except BaseException:
+            for each in copies:
+                each.result()
+        finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+            pool.shutdown(wait=False, cancel_futures=True)
+            wait([each for each in copies if each.running()], STOP_SECONDS)
     if failed:
         shown = "; ".join(f"{manifest.shard_name(index)}: {failed[index]}" for index in sorted(failed)[:5])
         raise IncompleteError(
@@ -81,8 +90,8 @@ def copy_shard(
 ) -> None:
     """Copy tar, index and record, the record last; nothing if the target has this very shard.
 
-    `copied` is told the bytes of the tar. Raises ValueError where the source is not what its manifest says, and
-    InterruptedError soon after `stop` is set."""
+    `copied` is told how many of the tar's bytes are there. Raises ValueError where the source is not what its manifest
+    says, and InterruptedError soon after `stop` is set."""
     name = manifest.shard_name(index)
     record = read_record(source, name)
     confirmed(source, f"{name}.json", canonical_json(asdict(record)))
@@ -92,13 +101,14 @@ def copy_shard(
         copied(record.num_bytes)
         return
     with target.writer(f"{name}.tar") as sink:
-        state = xxhash.xxh3_64()
+        state, num_bytes = xxhash.xxh3_64(), 0
         for piece in source.stream(f"{name}.tar"):
             if stop.is_set():
                 raise InterruptedError(f"{name} was not finished")
             state.update(piece)
             sink.write(piece)
-            copied(len(piece))
+            num_bytes += len(piece)
+            copied(num_bytes)
         if state.hexdigest() != record.checksum:
             raise ValueError(
                 f"{source.url}/{name}.tar has the checksum {state.hexdigest()} and its record says {record.checksum}: "

@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class LocalStore(Store):
     def delete(self, name: str) -> None:
         Path(self._path(name)).unlink(missing_ok=True)
 
-    def sweep(self, prefix: str = "") -> Sequence[str]:
+    def sweep(self, prefix: str = "", rewritten: Container[str] = ()) -> Sequence[str]:
         swept = []
         for name, _ in self._walk(prefix[: prefix.rfind("/") + 1]):
             match = _TEMPORARY.fullmatch(os.path.basename(name))

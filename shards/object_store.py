@@ -12,7 +12,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -178,8 +178,8 @@ class ObjectStore(RemoteStore):
         except FileNotFoundError:
             return
 
-    def sweep(self, prefix: str = "") -> Sequence[str]:
-        """Abort multipart uploads to s3 below `prefix` that began more than `stale_temporary_hours` ago.
+    def sweep(self, prefix: str = "", rewritten: Container[str] = ()) -> Sequence[str]:
+        """Abort multipart uploads to s3 below `prefix` that are `rewritten` or began `stale_temporary_hours` ago.
 
         A bucket doesn't tell whether an upload's writer is alive; give its age time. On gs a lifecycle rule does this,
         Azure drops uncommitted blocks after a week by itself."""
@@ -196,9 +196,10 @@ class ObjectStore(RemoteStore):
                 Bucket=self._bucket, Prefix=self._root + prefix
             )
             for upload in itertools.chain.from_iterable(page.get("Uploads", ()) for page in pages):
-                if upload["Initiated"] < began_before:
+                name = upload["Key"].removeprefix(self._root)
+                if name in rewritten or upload["Initiated"] < began_before:
                     client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                    swept.append(upload["Key"].removeprefix(self._root))
+                    swept.append(name)
         except Exception as error:  # botocore's have no base of their own in common
             log.warning("Unfinished uploads to %s cannot be swept, which costs only money: %s", self.url, error)
         return swept

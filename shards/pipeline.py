@@ -47,7 +47,7 @@ class ShardSource(IterableDataset):
 
     Every iteration is the next epoch, split exactly over ranks and DataLoader workers. But workers that a DataLoader
     starts anew for each epoch know only how far the main process has come: call `set_epoch` there before each, or all
-    are the same. All ranks have as many samples, and fewer than world_size * num_workers are left out; with
+    are the same. All ranks have the same number of samples, fewer than world_size * num_workers are left out; with
     `drop_last=False` none is, and the lower ranks may have one more. A sample is {"__key__", "json": dict,
     "<field>.npy": array}; its arrays live in reused memory, which is theirs for as long as they live."""
 

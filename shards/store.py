@@ -7,7 +7,7 @@ bytes asked for or raises."""
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -175,10 +175,11 @@ class Store(ABC):
         """Remove an object; an absent one is fine."""
 
     @abstractmethod
-    def sweep(self, prefix: str = "") -> Sequence[str]:
+    def sweep(self, prefix: str = "", rewritten: Container[str] = ()) -> Sequence[str]:
         """Remove what dead writers left unfinished below names that start with `prefix`, and return its names.
 
-        What a live writer may still be writing, here or on another machine, stays."""
+        What a live writer may still be writing, here or on another machine, stays. But a bucket can't tell, and drops
+        all uploads to names in `rewritten`, which the caller writes next: a live writer of one gets an UploadError."""
 
 
 def anew(write: Callable[[], T]) -> T:

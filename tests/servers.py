@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -110,12 +111,20 @@ class S3Server(Server):
         """Whether signatures are demanded, which they are once the keys are loaded, and the bucket is there."""
         if _status(f"{self.endpoint}/{BUCKET}") != 403:
             return False
-        session = boto3.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
         try:
-            session.client("s3", endpoint_url=self.endpoint).head_bucket(Bucket=BUCKET)
+            self.client().head_bucket(Bucket=BUCKET)
         except ClientError:
             return False
         return True
+
+    def client(self) -> Any:
+        """boto3's, to look at the bucket with other eyes than ours."""
+        session = boto3.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
+        return session.client("s3", endpoint_url=self.endpoint)
+
+    def uploads(self) -> list[str]:
+        """Keys of the bucket's unfinished multipart uploads."""
+        return [upload["Key"] for upload in self.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
 
 
 class AzureServer(Server):

@@ -1,5 +1,6 @@
 """`shards copy`: the same bytes in another place, or an error; and never a second time what is there already."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from shards.cli import main
 from shards.copy import copy
 from shards.local_store import LocalStore
 from shards.manifest import IncompleteError, bind, load_manifest
+from shards.progress import progress
 from shards.storage import open_store
 from shards.store import Sink, StorageConfig, Store
 from shards.verify import verify
@@ -168,16 +170,44 @@ def test_killed_copies_go_on_where_they_were(tmp_path: Path) -> None:
     assert list((tmp_path / "copy").rglob(".tmp*")) == []
 
 
-def test_an_upload_that_breaks_midway_is_begun_anew(s3_server: S3Server, tmp_path: Path) -> None:
+def test_an_upload_that_breaks_midway_is_begun_anew(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Any] = []
+    monkeypatch.setattr("shards.copy.progress", lambda **options: bars.append(progress(**options)) or bars[0])
     make_data_set(tmp_path / "set", num_samples=2, samples_per_shard=1, shapes={"x": (3 << 20,)})
     upstream, place = int(s3_server.endpoint.rpartition(":")[2]), f"s3://{BUCKET}/{tmp_path.name}/anew"
     with LossyProxy(upstream, faults=["refused"], rate=0.15, seed=3) as proxy:
         options = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, backoff_seconds=0.001)
-        copy(open_store(tmp_path / "set"), open_store(place, options), jobs=1)
+        manifest = copy(open_store(tmp_path / "set"), open_store(place, options), jobs=1)
         assert proxy.counts["refused"] > 1
+    assert bars[0].n == manifest.tar_bytes.sum()
     target = open_store(place, replace(s3_server.options, stale_temporary_hours=1e-9))
     target.sweep()  # the broken upload
     assert content(target) == content(open_store(tmp_path / "set"))
+
+
+def test_ctrl_c_does_not_wait_for_a_slow_line_and_leaves_nothing_for_good(s3_server: S3Server, tmp_path: Path) -> None:
+    make_data_set(tmp_path / "set", num_samples=4, samples_per_shard=1, shapes={"x": (3 << 20,)})
+    upstream, place = int(s3_server.endpoint.rpartition(":")[2]), f"s3://{BUCKET}/{tmp_path.name}/interrupted"
+    command = [sys.executable, "-m", "shards.cli", "copy", str(tmp_path / "set"), place, "--target-options"]
+    with LossyProxy(upstream, upload_rate=50_000) as proxy:  # which takes eight minutes for the parts
+        options = {"endpoint": proxy.url, "region": "us-east-1", "part_bytes": 5 << 20}
+        process = subprocess.Popen([*command, json.dumps(options)], stderr=subprocess.PIPE, text=True)
+        try:
+            while not s3_server.uploads():
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=100)[1].endswith("shards copy: interrupted\n")
+            assert process.returncode == 130
+        finally:
+            process.kill()
+    assert s3_server.uploads() != []
+    options["endpoint"] = s3_server.endpoint
+    assert main([*command[3:], json.dumps(options)]) == 0
+    assert s3_server.uploads() == []
+    assert content(open_store(place, s3_server.options)) == content(open_store(tmp_path / "set"))
 
 
 class Rotten(LocalStore):

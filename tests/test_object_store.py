@@ -33,17 +33,6 @@ def store(request: pytest.FixtureRequest, s3_server: S3Server, tmp_path: Path) -
     return open_store(f"s3://{BUCKET}/{prefix}", options)
 
 
-def uploads(server: S3Server) -> list[str]:
-    """Keys of the bucket's unfinished multipart uploads, as boto3 sees them."""
-    return [upload["Key"] for upload in boto3_client(server).list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
-
-
-def boto3_client(server: S3Server) -> Any:
-    import boto3
-
-    return boto3.client("s3", endpoint_url=server.endpoint, region_name="us-east-1")
-
-
 def test_objects_come_back_whole_and_absent_ones_are_named(store: Store) -> None:
     content = np.random.default_rng(0).bytes(200_000)
     store.write("0001/a b.tar", b"old")
@@ -117,7 +106,7 @@ def test_large_objects_commit_on_a_clean_end_only_and_leave_no_upload(store: Sto
         pass
     assert store.read("shard.tar") == b"".join(pieces)
     assert store.read("nothing") == b""
-    assert uploads(s3_server) == []
+    assert s3_server.uploads() == []
 
 
 def test_of_many_creators_one_wins(store: Store) -> None:
@@ -174,12 +163,12 @@ def test_killed_writers_leave_nothing_but_uploads_that_sweeping_aborts(s3_server
     writer.wait()
     writer.stdout.close()
     assert store.size("shard.tar") is None
-    assert uploads(s3_server) == [f"{tmp_path.name}/shard.tar"]
+    assert s3_server.uploads() == [f"{tmp_path.name}/shard.tar"]
     assert store.sweep() == []  # it could be a live writer's
     impatient = open_store(store.url, replace(s3_server.options, stale_temporary_hours=1e-9))
     assert impatient.sweep("other") == []
     assert impatient.sweep() == ["shard.tar"]
-    assert uploads(s3_server) == []
+    assert s3_server.uploads() == []
 
 
 def test_sweeping_needs_neither_boto3_nor_permission(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,9 +553,9 @@ def test_keys_of_others_that_are_no_paths_hide_nothing(s3_server: S3Server, monk
 
 def test_prefixes_with_quoted_characters_are_swept(s3_server: S3Server) -> None:
     key = "a b#c/shard.tar"
-    boto3_client(s3_server).create_multipart_upload(Bucket=BUCKET, Key=key)
+    s3_server.client().create_multipart_upload(Bucket=BUCKET, Key=key)
     options = replace(s3_server.options, stale_temporary_hours=1e-9)
     store = open_store(f"s3://{BUCKET}/a%20b%23c", options)
     assert store.sweep() == ["shard.tar"]
     store.write("x", b"1")
-    assert boto3_client(s3_server).head_object(Bucket=BUCKET, Key="a b#c/x")["ContentLength"] == 1
+    assert s3_server.client().head_object(Bucket=BUCKET, Key="a b#c/x")["ContentLength"] == 1

@@ -10,7 +10,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -189,7 +189,7 @@ class SequentialLoader:
             while True:
                 asked.put(True)
                 try:
-                    batch = ready.get(timeout=self._read_timeout_seconds)
+                    batch = _take(ready, self._read_timeout_seconds)
                 except Empty:
                     raise TimeoutError(
                         f"No batch came for {self._read_timeout_seconds:g} s, read_timeout_seconds, from "
@@ -240,6 +240,15 @@ def _fetch(
             ready.put(next(batches, None))
         except BaseException as error:  # would end this thread in silence while the consumer waits
             ready.put(error)
+
+
+def _take(ready: "SimpleQueue[Batch | BaseException | None]", seconds: float) -> Batch | BaseException | None:
+    """What comes within `seconds`, or Empty. In short waits: a signal that arrives right before one does not end it."""
+    while seconds > 1.0:
+        with suppress(Empty):
+            return ready.get(timeout=1.0)
+        seconds -= 1.0
+    return ready.get(timeout=seconds)
 
 
 @dataclass(frozen=True)

@@ -316,11 +316,17 @@ def test_a_stuck_read_is_an_error_that_names_the_tar(foreign, stuck, num_workers
         list(SequentialLoader(urls, batch_size=7, shuffle=False, **options))
 
 
-def test_an_interrupt_comes_through_a_stuck_read(stuck):
+@pytest.mark.parametrize("blocked", [[], [signal.SIGINT]])
+def test_an_interrupt_comes_through_a_stuck_read(stuck, blocked):
+    """Also when it does not wake the main thread, as if it came right before that began to wait."""
     batches = iter(SequentialLoader(stuck, batch_size=1))
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        next(batches)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_a_process_ends_though_a_read_is_stuck(stuck):

@@ -1,11 +1,13 @@
 """Ranges of remote shards kept on a node's own disk, so that later epochs and runs read them from there.
 
     <cache_dir>/audiosep-shards/<manifest digest>/<object>/<offset>-<size>.range    the bytes and their xxh3-64
+    <cache_dir>/audiosep-shards/kept-bytes                                          how many there are, or more
 
 A sealed data set never changes, and its manifest's digest names it; so a file, once there, is right for ever, whoever
 wrote it. Any number of processes and nodes may share the folder. What is not right, or not there, is read from the
 source; nothing here can make a read fail."""
 
+import fcntl
 import logging
 import os
 import re
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _FOLDER = "audiosep-shards"
 _RANGE = re.compile(r"[0-9a-f]{32}/.+/\d+-\d+\.range")
+_COUNT = "kept-bytes"
 _CHECKSUM_BYTES = 8
 
 
@@ -165,44 +168,53 @@ class CachedStore(Store):
 
 
 class _Room:
-    """How much more may be kept. What lay unused since before this process began makes room for what it reads; what
-    this process has used stays, because to replace ranges of one shuffled epoch by others gains nothing."""
+    """How much more may be kept, counted for all processes in a file of the folder. What lay unused since before this
+    process began makes room for what it reads; what this process has used stays, because to replace ranges of one
+    shuffled epoch by others gains nothing."""
 
     def __init__(self, kept: LocalStore, limit: int) -> None:
         self._kept, self._limit = kept, limit
-        self._left = 0  # that may be written before the folder is measured again
         self._began = time.time()
         self._lock = threading.Lock()
-        self._open = True
+        self._open, self._swept = True, False
 
     def take(self, size: int) -> bool:
-        """Whether a range of this size may be written."""
-        with self._lock:
-            if self._open and self._left < size:
-                self._measure(size)
-            if not self._open or self._left < size:
-                return False
-            self._left -= size
-            return True
-
-    def _measure(self, size: int) -> None:
-        """Look at the folder, remove what is old as far as needed, and allow a share of what is free: other processes
-        write to it too. Once it is full of what is in use this process keeps no more."""
+        """Whether a range of this size may be written. Once the folder is full of what is in use, no more are."""
         try:
-            self._kept.sweep()
-            found = sorted(self._ranges())
-            free = self._limit - sum(num_bytes for _, num_bytes, _ in found)
-            wanted = max(size, self._limit // 16)
-            for used, num_bytes, name in found:
-                if free >= wanted or used >= self._began:
-                    break
-                self._kept.delete(name)
-                free += num_bytes
-            self._left = min(free, wanted)
-            self._open = free >= size
+            with self._lock:
+                self._open = self._open and self._count(size + _CHECKSUM_BYTES)
+                return self._open
         except OSError as error:
-            self._open = False
-            log.warning("Nothing more is kept in %s: %s", self._kept.url, error)
+            self.close(error)
+            return False
+
+    def _count(self, size: int) -> bool:
+        """Count so many bytes more, unless they are too many even when all have been measured."""
+        if not self._swept:
+            self._kept.sweep()
+            self._swept = True
+        os.makedirs(self._kept.url, exist_ok=True)
+        path = os.path.join(self._kept.url, _COUNT)
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+            with suppress(OSError):  # where a shared file system has no locks, the count is only nearly right
+                fcntl.flock(file, fcntl.LOCK_EX)
+            total = size + (int.from_bytes(file.read(8), "big") or self._limit)
+            if total > self._limit:
+                total = size + self._measure(size)
+            if total <= self._limit:
+                os.pwrite(file.fileno(), total.to_bytes(8, "big"), 0)
+            return total <= self._limit
+
+    def _measure(self, size: int) -> int:
+        """The bytes that are kept, once what is old has made room for `size` and for some time."""
+        found = sorted(self._ranges())
+        total = sum(num_bytes for _, num_bytes, _ in found)
+        for used, num_bytes, name in found:
+            if total + max(size, self._limit // 16) <= self._limit or used >= self._began:
+                break
+            self._kept.delete(name)
+            total -= num_bytes
+        return total
 
     def used(self, name: str) -> None:
         with suppress(OSError):  # another process may have removed it

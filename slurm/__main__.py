@@ -56,8 +56,10 @@ def _run(words: list[str]) -> int:
     if options.dry_run:
         print("\n".join(show(jobs)))
         return 0
-    for name, job_id in submit(run, jobs).items():
+    ids = submit(run, jobs)
+    for name, job_id in ids.items():
         print(f"{name}: job {job_id}")
+    print(f"All end with: scancel {' '.join(reversed(ids.values()))}")
     print(f"Scripts, configs and logs: {run.folder}")
     return 0
 

@@ -77,7 +77,7 @@ def render(
     """The whole sbatch script: directives, what it is for (`purpose`, one line a comment), settings, then `body`."""
     log = log_folder / ("%x-%A_%a.log" if array else "%x-%j.log")
     options = [
-        f"--job-name={name}",
+        f"--job-name={shlex.quote(name)}",
         f"--chdir={shlex.quote(str(workdir))}",
         f"--output={shlex.quote(str(log))}",
         "--open-mode=append",
@@ -146,12 +146,14 @@ def step(command: Sequence[str], resources: Resources, environment: Environment,
         '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",
     ]
-    return [*before, *with_status(" \\\n    ".join([*parts, *command]), mistake, requeue)]
+    return [*before, *with_status(" \\\n    ".join([*parts, *command]), resources, mistake, requeue)]
 
 
-def with_status(command: str, correction: Sequence[str] = (), afterwards: Sequence[str] = ()) -> list[str]:
+def with_status(
+    command: str, resources: Resources, correction: Sequence[str] = (), afterwards: Sequence[str] = ()
+) -> list[str]:
     """Shell lines that run `command`, tell its status in the last line of the log, and end with it."""
-    tell = 'echo "ended with status $status (restart ${SLURM_RESTART_COUNT:-0})"'
+    tell = f'echo "ended with status $status (restart ${{SLURM_RESTART_COUNT:-0}} of {resources.max_restarts})"'
     return [command, "status=$?", *correction, tell, *afterwards, 'exit "$status"']
 
 

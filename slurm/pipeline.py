@@ -5,12 +5,15 @@ ended, the sealing job seals; or, when shards are missing, it submits the next r
 times."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from slurm.job import STOPPED, Resources, check_resources, render, step, with_status
 from slurm.status import last_words
@@ -42,6 +45,7 @@ def precompute(run: Run) -> list[Job]:
     for file, split in zip(files, splits):
         attempt = run.attempts(f"seal-{split}") + 1
         plan = read_plan(run, file)
+        check_free(run, file)
         jobs += render_round(run, file, plan, split, attempt, run.config.precompute.max_rounds - 1)
     return jobs
 
@@ -52,6 +56,7 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
     if not config.train.config:
         raise ValueError("train.config is empty: name a config of `audiosep train`.")
     command_output(*shlex.split(config.audiosep), "train", "--config", config.train.config, "--check")
+    check_free(run, Path(config.train.config))
     name = f"train-{run.attempts('train') + 1}"
     settings = run.folder / f"{name}.yaml"
     world = '--trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"'
@@ -76,6 +81,26 @@ def pipeline(run: Run) -> list[Job]:
     return [*jobs, *train(run, [job.name for job in jobs if job.plan])]
 
 
+def check_free(run: Run, file: Path) -> None:
+    """ValueError if jobs of this run folder have not ended that make what the config in `file` makes."""
+    if run.dry_run:
+        return
+    root = _root(file)
+    left = [
+        job for job in run.queued() if _root(run.folder / f"{re.sub('^seal', 'precompute', job.name)}.yaml") == root
+    ]
+    if left:
+        raise ValueError(
+            f"{', '.join(job.name for job in left)} have not ended and make {root}: shards would be rendered twice, "
+            "and two trainings would replace each other's checkpoints. Wait for them, or end them with "
+            f"`scancel {' '.join(job.job_id for job in reversed(left))}`."
+        )
+
+
+def _root(file: Path) -> str:
+    return str(yaml.safe_load(file.read_text())["root"])
+
+
 def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     """What a sealing job does: 0 sealed; 75 the next round is in the queue; 1 given up, with the missing shards named.
 
@@ -91,7 +116,8 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     missing = f"{len(plan.unfinished)} of {plan.num_shards} shards of {plan.root} are missing"
     if not rounds_left:
         print(f"{missing}, and no round is left. Their last words:")
-        print("\n".join(f"  {line}" for line in last_words(run.log_folder, plan.unfinished)))
+        print("\n".join(f"  {line}" for line in last_words(run, split, plan.unfinished)))
+        print("Mend what they tell and submit again: what is there stays.")
         return 1
     sealing = f"seal-{split}-{attempt + 1}"
     ids = {entry.name: entry.job_id for entry in run.submissions()}
@@ -112,7 +138,7 @@ def render_round(run: Run, file: Path, plan: Plan, split: str, attempt: int, rou
     )
     words = [sys.executable, "-m", "slurm", "finish", str(run.folder), split, str(attempt), str(rounds_left)]
     settings = {f"precompute-{split}-{attempt}.yaml": file.read_text()}
-    script = _script(run, name, purpose, run.config.seal, with_status(shlex.join(words)))
+    script = _script(run, name, purpose, run.config.seal, with_status(shlex.join(words), run.config.seal))
     seal = Job(name, script, settings, plan=plan)
     if not plan.unfinished:
         return [seal]

@@ -16,6 +16,10 @@ from pathlib import Path
 from slurm.job import STOPPED
 from slurm.submit import DataSet, Run, Submission, command_output, shards_command, slurm_command
 
+NOISE = re.compile(
+    r"srun: (launch|Force|forc|Job step|got )|slurmstepd\S* error: \*\*\* STEP .* AT \S+ \*\*\*"
+    r"|\[rank\d+\]:(  | Traceback|$)"
+)
 BAD_STATES = {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
@@ -59,7 +63,8 @@ class Status:
     @property
     def active(self) -> bool:
         """Whether anything is still waiting or running."""
-        return any(state in ("PENDING", "RUNNING", "COMPLETING") for stage in self.stages for state in stage.states)
+        states = {state.split(" ")[0] for stage in self.stages for state in stage.states}
+        return not states.isdisjoint(("PENDING", "RUNNING", "COMPLETING"))
 
 
 def read_status(run: Run) -> Status:
@@ -97,13 +102,20 @@ def lines(status: Status) -> Iterator[str]:
         yield from (f"  | {line}" for line in failure.tail)
 
 
-def last_words(log_folder: Path, shard_indices: Iterable[int]) -> list[str]:
-    """For each shard the last line of any log that names it, or that none does."""
-    words = {index: f"shard {index}: no log names it" for index in shard_indices}
-    for log in sorted(log_folder.glob("precompute-*"), key=lambda path: path.stat().st_mtime):
-        for line in log.read_text(errors="replace").splitlines():
-            words |= {int(index): line for index in re.findall(r"shard-(\d+)", line) if int(index) in words}
-    return [*words.values()]
+def last_words(run: Run, split: str, shard_indices: Iterable[int]) -> list[str]:
+    """For each shard the last line of its tasks' logs that names it, or how the last of these logs ends."""
+    words = dict.fromkeys(shard_indices, "no task had it")
+    for log in sorted(run.log_folder.glob("precompute-*"), key=lambda path: path.stat().st_mtime):
+        if of := re.fullmatch(rf"(precompute-{re.escape(split)}-\d+)-\d+_(\d+)", log.stem):
+            share = (run.folder / f"{of[1]}.txt").read_text().splitlines()[int(of[2]) - 1]
+            mine = words.keys() & map(int, share.split(","))
+            words |= dict.fromkeys(mine, f"{log} ends with {' | '.join(_tail(log, 3))}")
+            for line in log.read_text(errors="replace").splitlines():
+                words |= {int(index): line for index in re.findall(r"shard-(\d+)", line) if int(index) in mine}
+    shards: dict[str, list[int]] = {}
+    for index, text in words.items():
+        shards.setdefault(text, []).append(index)
+    return [f"shard {','.join(map(str, indices))}: {text}" for text, indices in shards.items()]
 
 
 def _progress(run: Run, entry: Submission, data_set: DataSet) -> Progress:
@@ -122,8 +134,10 @@ def _states(job_ids: list[str]) -> dict[str, str]:
     rows: list[str] = []
     with contextlib.suppress(ValueError):  # many clusters keep no accounting
         rows += slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(job_ids), "-o", "JobID,State").splitlines()
-    rows += slurm_command("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T").splitlines()  # newer, so it wins
-    states = dict(row.split("|") for row in rows)
+    queue = slurm_command("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r").splitlines()
+    for job, state, reason in (row.split("|", 2) for row in queue):  # newer, so it wins
+        rows.append(f"{job}|{state} ({reason})" if state == "PENDING" else f"{job}|{state}")
+    states = dict(row.split("|", 1) for row in rows)
     return {
         task: state
         for task, state in states.items()
@@ -133,15 +147,20 @@ def _states(job_ids: list[str]) -> dict[str, str]:
 
 def _state_in(log: Path) -> str:
     """The state of a task by its log's last line, for when Slurm has forgotten it."""
-    ended = re.fullmatch(r"ended with status (\d+) .*", (_tail(log) or [""])[-1])
+    ended = re.fullmatch(r"ended with status (\d+) \(restart (\d+) of (\d+)\)", (_tail(log) or [""])[-1])
     if not ended:
         return "UNKNOWN"
-    return {0: "COMPLETED", STOPPED: "REQUEUED"}.get(int(ended[1]), f"FAILED {ended[1]}")
+    status, restart, most = map(int, ended.groups())
+    if status == STOPPED and restart < most:
+        return "REQUEUED"
+    return f"FAILED {status}" if status else "COMPLETED"
 
 
-def _tail(log: Path | None, count: int = 5) -> list[str]:
+def _tail(log: Path | None, count: int = 8) -> list[str]:
+    """The last lines, less what Slurm tells of ending the other ranks and where in the code each of these was."""
     if not log:
         return []
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 10_000))
-        return file.read().decode(errors="replace").splitlines()[-count:]
+        file.seek(max(0, log.stat().st_size - 100_000))
+        lines = file.read().decode(errors="replace").split("\n")
+    return [line.rpartition("\r")[2] for line in lines if line and not NOISE.match(line)][-count:]

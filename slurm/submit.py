@@ -85,6 +85,11 @@ class Run:
         lines = jobs.read_text().splitlines() if jobs.exists() else []
         return [TypeAdapter(Submission).validate_json(line) for line in lines]
 
+    def queued(self) -> list[Submission]:
+        """Those that Slurm has not ended."""
+        ids = slurm_command("squeue", "--me", "--noheader", "--format=%F").split()
+        return [entry for entry in self.submissions() if entry.job_id in ids]
+
     def attempts(self, stem: str) -> int:
         """How many jobs named `stem`-1, `stem`-2, ... were submitted."""
         return sum(entry.name.rpartition("-")[0] == stem for entry in self.submissions())
@@ -115,7 +120,11 @@ def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
     for job in jobs:
         for name, text in {**job.files, f"{job.name}.sbatch": job.script}.items():
             (run.folder / name).write_text(text)
-        _sbatch(run.folder / f"{job.name}.sbatch", "--test-only")
+        try:
+            _sbatch(run.folder / f"{job.name}.sbatch", "--test-only")
+        except ValueError as error:  # sbatch itself would wait for nodes that are down, and judges what needs no wait
+            if job.after or "Requested node configuration is not available" not in str(error):
+                raise
     ids: dict[str, str] = {}
     try:
         for job in jobs:
@@ -182,7 +191,7 @@ def _sbatch(script: Path, *options: str) -> str:
     except ValueError as error:
         wanted = r"^#SBATCH (--(?:partition|nodes|ntasks|gres|cpus|mem|time|constraint|account|qos)\S*)"
         asked = " ".join(re.findall(wanted, script.read_text(), re.MULTILINE))
-        columns = "  %P: %D nodes of %c cores, %m MB, GPUs %G, features %f, limit %l"
+        columns = "  %P: %D nodes of %c cores, %m MB, GPUs %G, features %f, limit %l; in use/idle/down/all %F"
         offered = slurm_command("sinfo", "--noheader", f"--format={columns}")
         raise ValueError(
             f"{error}\n{script.name} asks for {asked}\nThe cluster has\n{offered}\nNothing was submitted."

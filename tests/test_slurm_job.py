@@ -85,7 +85,7 @@ def test_only_stopped_and_killed_work_is_requeued_and_only_so_often(
         ("", "node1: task 0: Exited with exit code 1", 143),
         ("", "node1: task 0: Exited with exit code 75", 143),
         ("", "node1: task 0: Out Of Memory", 143),
-        ("srun: error: node1: task 0: Exited with exit code 2\nended with status 2 (restart 0)\n", "", 143),
+        ("srun: error: node1: task 0: Exited with exit code 2\nended with status 2 (restart 0 of 20)\n", "", 143),
     ],
 )
 def test_a_mistake_that_one_rank_told_is_not_made_again(earlier: str, tasks: str, status: int, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_mistake_that_one_rank_told_is_not_made_again(earlier: str, tasks: str
     (tmp_path / "a log-7.log").write_text(earlier)
     done = run_step(f'echo "srun: error: {tasks}" >>"$LOG"; exit 143', tmp_path / "a log", tmp_path)
     assert done.returncode == status
-    assert f"ended with status {status} (restart 0)" in done.stdout
+    assert f"ended with status {status} (restart 0 of 20)" in done.stdout
     assert ("scontrol requeue 7" in done.stdout) == (status == 143)
 
 

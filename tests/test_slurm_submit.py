@@ -1,6 +1,7 @@
 """Arrays, rounds, signals, requests and status on a real cluster, with a stand-in for the rendering itself."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from slurm_lab import Cluster, processes
+from slurm_lab import Cluster, kill, processes
 
 from slurm.__main__ import main
 from slurm.submit import Run
@@ -62,6 +63,60 @@ def test_an_array_is_followed_by_its_sealing_job(
     assert "--array" not in again, "nothing is unfinished, so there is nothing to render"
 
 
+def test_names_with_spaces_go_the_whole_way(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, precompute={"configs": [str(tmp_path / "a demo.yaml")]})
+    (tmp_path / "demo.yaml").rename(tmp_path / "a demo.yaml")
+    (tmp_path / "train.yaml").write_text(f"root: {tmp_path / 'model'}")
+    assert main(["pipeline", "--config", config, "--train.config", str(tmp_path / "train.yaml")]) == 0
+    cluster.wait_idle(60)
+    states = [(stage["name"], stage["states"]) for stage in status_of(config, capsys)["stages"]]
+    assert states[:2] == [("precompute-a demo-1", {"COMPLETED": 3}), ("seal-a demo-1", {"COMPLETED": 1})]
+    assert states[2] == ("train-1", {"COMPLETED": 1})
+    assert "ended with status 0" in log_of(tmp_path, "precompute-a demo-1")
+
+
+def test_what_is_being_made_is_not_begun_again_but_ends_as_the_refusal_says(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, seconds=60.0)
+    (tmp_path / "train.yaml").write_text(f"root: {tmp_path / 'model'}")
+    (tmp_path / "other.yaml").write_text(f"root: {tmp_path / 'other'}")
+    training = ["--config", config, "--train.config", str(tmp_path / "train.yaml")]
+    assert main(["pipeline", *training]) == 0
+    for words, named in ((["precompute", "--config", config], "seal-demo-1"), (["train", *training], "train-1")):
+        capsys.readouterr()
+        assert main(words) == 2
+        refusal = capsys.readouterr().err
+        assert named in refusal
+        assert main([*words, "--dry-run"]) == 0
+    assert main(["train", "--config", config, "--train.config", str(tmp_path / "other.yaml")]) == 0
+    assert main(["precompute", "--config", config]) == 2
+    cluster.run(*re.findall(r"`(scancel .*)`", capsys.readouterr().err)[0].split())
+    cluster.wait_idle(30)
+    assert "seal-demo-2" not in job_ids(tmp_path), "no other round"
+    assert main(["precompute", "--config", config]) == 0
+    cluster.run("scancel", *job_ids(tmp_path).values(), check=False)
+    cluster.wait_idle(30)
+
+
+def test_what_must_wait_for_nodes_that_are_down_is_taken_and_status_tells_why_it_waits(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path)
+    cluster.run("scontrol", "update", "nodename=node4", "state=drain", "reason=repair")
+    try:
+        assert main(["train", "--config", config, "--nodes", "4"]) == 0
+        job = job_ids(tmp_path)["train-1"]
+        assert main(["status", "--config", config]) == 0
+        assert f"train-1 ({job}): 1 PENDING (" in capsys.readouterr().out
+        assert main(["train", "--config", config, "--nodes", "4", "--memory", "900G"]) == 2, "no node has that"
+    finally:
+        cluster.run("scontrol", "update", "nodename=node4", "state=resume")
+    cluster.wait("training", lambda: cluster.state(job) == "COMPLETED", 60)
+
+
 def test_a_task_near_its_time_limit_stops_and_requeues_itself(cluster: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path, num_shards=1, seconds=40.0, precompute={"time": "2", "warn_seconds": 50})
     assert main(["precompute", "--config", config]) == 0
@@ -73,8 +128,8 @@ def test_a_task_near_its_time_limit_stops_and_requeues_itself(cluster: Cluster, 
     settings.write_text(settings.read_text().replace("40.0", "0.0"))
     cluster.wait_idle(60)
     log = log_of(tmp_path, "precompute-demo-1")
-    assert "ended with status 75 (restart 0)" in log
-    assert "ended with status 0 (restart 1)" in log
+    assert "ended with status 75 (restart 0 of 20)" in log
+    assert "ended with status 0 (restart 1 of 20)" in log
     assert "seal-demo-2" not in job_ids(tmp_path), "one round was enough"
 
 
@@ -119,6 +174,24 @@ def test_a_shard_that_never_succeeds_ends_the_run_with_its_name(
     failed = {failure["task"]: failure for failure in status["failures"]}
     assert f"{ids['precompute-demo-2']}_1" in failed
     assert any("bad.wav" in line for line in failed[ids["seal-demo-2"]]["tail"])
+
+
+def test_last_words_are_of_the_split_itself_and_of_a_killed_task_how_its_log_ends(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    both = [str(tmp_path / "demo.yaml"), str(tmp_path / "demo-2.yaml")]
+    config = write_config(tmp_path, poison=4, precompute={"configs": both, "max_rounds": 1})
+    other = {"root": str(tmp_path / "demo-2"), "num_shards": 6, "seconds": 60.0}
+    (tmp_path / "demo-2.yaml").write_text(yaml.safe_dump(other))
+    assert main(["precompute", "--config", config]) == 0
+    words = ("precompute-demo-2-1.yaml", str(tmp_path), "--shards")
+    kill(cluster.wait("three tasks", lambda: len(found := processes(*words)) == 3 and found, 60))
+    cluster.wait_idle(60)
+    assert "shard 4: shard-000004 failed: clip bad.wav" in log_of(tmp_path, "seal-demo-1")
+    told = log_of(tmp_path, "seal-demo-2-1")
+    assert "bad.wav" not in told
+    for task, shards in enumerate(("0,3", "1,4", "2,5"), 1):
+        assert re.search(rf"shard {shards}: .*precompute-demo-2-1-\d+_{task}\.log ends with .*Killed", told)
 
 
 def test_a_sealing_job_that_runs_twice_starts_one_round(cluster: Cluster, tmp_path: Path) -> None:
@@ -168,6 +241,20 @@ def test_how_jobs_ended_is_known_when_slurm_has_forgotten_them(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     status = status_of(config, capsys)
     assert [stage["states"] for stage in status["stages"]] == [{"COMPLETED": 2, "FAILED 3": 1}, {"FAILED 1": 1}]
+
+
+def test_a_job_that_may_not_requeue_itself_again_has_failed(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, num_shards=1, seconds=60.0, precompute={"max_rounds": 1, "max_restarts": 0})
+    assert main(["precompute", "--config", config]) == 0
+    cluster.wait("the task's own process", lambda: processes("standin.py", str(tmp_path), "--shards"), 20)
+    cluster.run("scancel", "--signal=USR1", f"{job_ids(tmp_path)['precompute-demo-1']}_1")
+    cluster.wait_idle(60)
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert status_of(config, capsys)["stages"][0]["states"] == {"FAILED 75": 1}
 
 
 def test_a_big_request_is_accepted_where_such_nodes_are(cluster: Cluster, tmp_path: Path) -> None:

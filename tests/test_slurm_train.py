@@ -110,7 +110,9 @@ def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nod
     assert [name for name, _ in store.list()] == ["checkpoints/last.ckpt"]
 
 
-def test_a_mistake_of_one_rank_ends_the_job_and_is_not_made_again(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+def test_a_mistake_of_one_rank_ends_the_job_and_is_not_made_again(
+    cluster: Cluster, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """srun's own status tells that the other rank was terminated, which is not what happened."""
     damaged = tmp_path / "damaged"
     shutil.copytree(root, damaged)
@@ -124,8 +126,10 @@ def test_a_mistake_of_one_rank_ends_the_job_and_is_not_made_again(cluster: Clust
     shown = cluster.run("scontrol", "-o", "show", "job", job_of(tmp_path))
     assert {"JobState=FAILED", "ExitCode=2:0", "Restarts=0"} < {*shown.split(" ")}
     log = (tmp_path / "run" / "logs" / f"train-1-{job_of(tmp_path)}.log").read_text()
-    assert "shard-000003.tar) at byte" in log
     assert "Terminated" in log or "Killed" in log, "the other rank was ended by srun"
+    capsys.readouterr()
+    assert main(["status", "--config", config]) == 0
+    assert "shard-000003.tar) at byte" in capsys.readouterr().out
 
 
 def job_of(folder: Path) -> str:

@@ -126,25 +126,20 @@ class SequentialLoader:
                 f"{len(self._shards)} tars cannot feed {num_readers} readers ({world_size} ranks with {num_workers} "
                 "workers): one would have nothing and all would wait for it. Use fewer, or more tars."
             )
-        in_step = world_size > 1 and num_batches is None
-        if in_step and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise ValueError(
-                f"{world_size} ranks read tars whose samples nobody has counted: give num_batches, or initialise "
-                "torch.distributed so that the ranks can agree on when to stop."
-            )
-        if in_step and world_size != torch.distributed.get_world_size():
-            raise ValueError(
-                f"world_size is {world_size}, but the ranks that agree on when to stop are torch.distributed's "
-                f"{torch.distributed.get_world_size()}: they would wait for ever. Give that many, or num_batches."
-            )
+        self._group = _agreeing_ranks(world_size) if world_size > 1 and num_batches is None else None
         log.warning("Sequential reading cannot resume within an epoch: after a restart the epoch begins again.")
         self.epoch = 0
-        self._batch_size, self._fields, self._stages = batch_size, fields, stages
-        self._rank, self._world_size = rank, world_size
-        self._seed, self._shuffle, self._shuffle_samples = seed, shuffle, shuffle_samples
-        self._num_batches, self._num_workers, self._drop_last = num_batches, num_workers, drop_last
+        self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
+        self._seed, self._shuffle = seed, shuffle
+        self._batch_size, self._num_batches, self._drop_last = batch_size, num_batches, drop_last
         self._read_timeout_seconds = read_timeout_seconds
-        self._group = torch.distributed.new_group(backend="gloo") if in_step else None
+        self._to_batches = [
+            webdataset.map(partial(decode, fields=fields)),
+            *([webdataset.shuffle(shuffle_samples, seed=seed)] if shuffle_samples else []),
+            *stages,
+            webdataset.batched(batch_size, collation_fn=None, partial=not drop_last),
+            webdataset.map(partial(collate, batch_size=batch_size)),
+        ]
 
     def __len__(self) -> int:
         if self._num_batches is None:
@@ -165,11 +160,7 @@ class SequentialLoader:
             partial(iter if self._num_batches is None else cycle, own),
             webdataset.split_by_worker,
             partial(read_shards, reading=reading),
-            webdataset.map(partial(decode, fields=self._fields)),
-            *([webdataset.shuffle(self._shuffle_samples, seed=self._seed)] if self._shuffle_samples else []),
-            *self._stages,
-            webdataset.batched(self._batch_size, collation_fn=None, partial=not self._drop_last),
-            webdataset.map(partial(collate, batch_size=self._batch_size)),
+            *self._to_batches,
         )
         batches = self._pull(iter(DataLoader(pipeline, batch_size=None, num_workers=self._num_workers)), reading)
         if self._num_batches is None:
@@ -231,6 +222,19 @@ class SequentialLoader:
             log.info("Rank %d left out at least one batch, because another rank has no more.", self._rank)
 
 
+def _agreeing_ranks(world_size: int) -> Any:
+    """A group of torch.distributed's ranks. Raises ValueError unless they are as many as are to read."""
+    is_initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+    count = torch.distributed.get_world_size() if is_initialised else 0
+    if count != world_size:
+        raise ValueError(
+            f"world_size is {world_size}, but torch.distributed, by which ranks agree on when to stop where nobody has "
+            f"counted the samples, has {count} of them{'' if is_initialised else ', as it is not initialised'}: they "
+            "would wait for ever. Start as many in it, or give num_batches."
+        )
+    return torch.distributed.new_group(backend="gloo")
+
+
 def _fetch(
     batches: Iterator[Batch], asked: "SimpleQueue[bool]", ready: "SimpleQueue[Batch | BaseException | None]"
 ) -> None:
@@ -257,16 +261,14 @@ class Shard:
 
     url: str
     storage: StorageConfig | None = None
-    manifest: Manifest | None = None  # of the sealed data set that it belongs to
-    num_samples: int | None = None
+    num_samples: int | None = None  # of one that belongs to a sealed data set
 
     @contextmanager
     def open(self) -> Iterator["_ForwardFile"]:
         """A file that can be read and, forward only, positioned."""
         with ExitStack() as stack:
-            if self.manifest or (is_remote(self.url) and "?" not in self.url):  # webdataset has pipes for these
-                url = f"{self.manifest.url}/{self.url}" if self.manifest else self.url
-                store, name = open_object(url, self.storage)
+            if self.num_samples or (is_remote(self.url) and "?" not in self.url):  # webdataset has pipes for these
+                store, name = open_object(self.url, self.storage)
                 pieces = store.stream(name)
                 file = _ForwardFile(lambda size: bytes(next(pieces, b"")))
             else:
@@ -280,9 +282,8 @@ class Shard:
 
 def _shards(source: Url | Sequence[Url] | Manifest, storage: StorageConfig | None) -> list[Shard]:
     if isinstance(source, Manifest):
-        names = [f"{source.shard_name(index)}.tar" for index in range(source.num_shards)]
-        counts = [len(source.plan.samples(index)) for index in range(source.num_shards)]
-        return [Shard(name, storage, source, count) for name, count in zip(names, counts)]
+        urls = (f"{source.url}/{source.shard_name(index)}.tar" for index in range(source.num_shards))
+        return [Shard(url, storage, len(source.plan.samples(index))) for index, url in enumerate(urls)]
     patterns = [source] if isinstance(source, str | os.PathLike) else source
     return [Shard(url, storage) for pattern in patterns for url in braceexpand.braceexpand(os.fspath(pattern))]
 
@@ -394,8 +395,7 @@ def collate(samples: Sequence[Sample], batch_size: int | None = None) -> Batch:
 
     `batch_size`: fill the batch up to it with rows that are not valid, copies of the first. Raises ValueError for
     samples that differ in which tensors they have, or in a tensor's type or number of axes."""
-    num_filled = max(0, (batch_size or 0) - len(samples))
-    rows = [*samples, *[samples[0]] * num_filled]
+    rows = [*samples, *[samples[0]] * ((batch_size or 0) - len(samples))]
     arrays, lengths = {}, {}
     for name in dict.fromkeys(name for row in samples for name in row.arrays):
         column = [row.arrays[name] for row in rows if name in row.arrays]

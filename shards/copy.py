@@ -9,15 +9,7 @@ from dataclasses import asdict
 import xxhash
 
 from shards.arguments import Parser
-from shards.manifest import (
-    MANIFEST,
-    SPEC,
-    IncompleteError,
-    Manifest,
-    confirmed,
-    format_ranges,
-    parse_manifest,
-)
+from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, confirmed, format_ranges, parse_manifest
 from shards.progress import progress
 from shards.record import Record, encode_index, read_record
 from shards.storage import open_store, storage_options

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -173,10 +173,8 @@ class ObjectStore(RemoteStore):
         return [(name, size) for name, size in names if not {"", ".", ".."} & set(name.split("/"))]
 
     def delete(self, name: str) -> None:
-        try:
+        with suppress(FileNotFoundError):
             self._ask(check_name(name), lambda client: obstore.delete(client, name), expected=False)
-        except FileNotFoundError:
-            return
 
     def sweep(self, prefix: str = "", rewritten: Container[str] = ()) -> Sequence[str]:
         """Abort multipart uploads to s3 below `prefix` that are `rewritten` or began `stale_temporary_hours` ago.

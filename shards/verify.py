@@ -51,10 +51,8 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
     start, bad, owners, num_bytes = time.perf_counter(), {}, dict[str, int](), 0
     total = int(manifest.tar_bytes[list(indices)].sum()) if manifest else None
     buffers = threading.local()  # one for each thread, reused
-    with (
-        ThreadPoolExecutor(num_threads or max(os.cpu_count() or 1, store.concurrency)) as pool,
-        progress(total=total, desc="verify", unit="B", unit_scale=True) as bar,
-    ):
+    pool = ThreadPoolExecutor(num_threads or max(os.cpu_count() or 1, store.concurrency))
+    with progress(total=total, desc="verify", unit="B", unit_scale=True) as bar:
         try:
             for index, found in zip(indices, pool.map(lambda i: _checked(store, plan, manifest, i, buffers), indices)):
                 if isinstance(found, str):
@@ -65,9 +63,8 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
                     bad[index] = f"{plan.shard_name(index)}: it holds the keys of {plan.shard_name(twin)}"
                 num_bytes += found.num_bytes
                 bar.update(found.num_bytes)
-        except BaseException:  # Ctrl-C, say: shards that were not begun are left
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:  # at Ctrl-C, say, shards that were not begun are left, and those on a slow link not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
     return Report(len(indices), num_bytes, time.perf_counter() - start, bad)
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -57,16 +58,20 @@ def test_help_and_mistakes(root, capsys):
 
 
 def test_ctrl_c_ends_a_command_with_one_line_and_soon(root, monkeypatch, capsys):
-    checked = []
+    checked, over = [], threading.Event()
 
     def interrupted(*arguments):
-        checked.append(arguments)
+        checked.append("begun")
+        if len(checked) > 1:
+            over.wait(20)  # for bytes from a slow link
+            checked.append("ended")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("shards.verify.check_shard", interrupted)
-    assert main(["verify", str(root), "--threads", "1"]) == 130
+    assert main(["verify", str(root), "--threads", "2"]) == 130
     assert capsys.readouterr().err == "shards verify: interrupted\n"
-    assert len(checked) < 3
+    assert "ended" not in checked
+    over.set()
 
 
 def test_sealing_says_what_is_missing(tmp_path, capsys):

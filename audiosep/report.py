@@ -195,7 +195,8 @@ def compose(store: Store, manifest: Manifest, survey: Survey, examples: Sequence
     hours = manifest.num_samples * spec["clips"]["segment_seconds"] / 3600
     clipped = sum(peak > 0 for peak in survey.peak_db) / survey.num_samples
     silence = 1 - np.mean(survey.sounding_seconds) / spec["clips"]["segment_seconds"]
-    yield PAGE_HEAD.format(title=html.escape(manifest.url), digest=manifest.digest, spec_digest=manifest.spec_digest)
+    digests = {"digest": manifest.digest, "spec_digest": manifest.plan.spec_digest}
+    yield PAGE_HEAD.format(title=html.escape(manifest.url), **digests)
     yield _cards(
         {
             "samples": f"{manifest.num_samples:,}",

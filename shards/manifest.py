@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from shards.progress import progress
 from shards.record import FORMAT_VERSION, Record, examine, explain_invalid, read_index
 from shards.storage import open_store
-from shards.store import StorageConfig, Store
+from shards.store import Store
 from shards.tar import Field, canonical_json
 
 SPEC, MANIFEST = "spec.json", "manifest.json"
@@ -45,7 +46,7 @@ class Plan:
         if self.num_samples < 1 or self.samples_per_shard < 1:
             raise ValueError(f"{self.num_samples} samples, {self.samples_per_shard} to a shard: both must be positive.")
 
-    @property
+    @cached_property
     def spec_digest(self) -> str:
         """128 bits over the whole plan; every record and the manifest carry it."""
         return sha256(canonical_json(asdict(self))).hexdigest()[:32]
@@ -195,12 +196,8 @@ def seal(store: Store, num_threads: int | None = None) -> "Manifest":
             list(missing),
         )
     columns = _Columns(num_bytes.tolist(), *(column.tobytes().hex() for column in checksums))
-    total = int(num_bytes.sum())
-    data = canonical_json(
-        asdict(
-            _Document(plan, plan.spec_digest, fields, plan.num_shards, total, rejected.total(), dict(rejected), columns)
-        )
-    )
+    counts = plan.num_shards, int(num_bytes.sum()), rejected.total()
+    data = canonical_json(asdict(_Document(plan, plan.spec_digest, fields, *counts, dict(rejected), columns)))
     store.write(MANIFEST, data)
     return parse_manifest(data, store.url)
 
@@ -264,7 +261,6 @@ class Manifest:
     url: str
     digest: str  # 128 bits of SHA-256 over the manifest's bytes: the identity of the data set
     plan: Plan
-    spec_digest: str
     fields: tuple[Field, ...]
     rejected: dict[str, int]  # how many inputs were not used, by reason
     tar_bytes: NDArray[np.int64]  # [num_shards]
@@ -315,19 +311,16 @@ class Manifest:
         )
 
 
-def load_manifest(source: str | os.PathLike[str] | Store, options: StorageConfig | None = None) -> Manifest:
+def load_manifest(source: str | os.PathLike[str] | Store) -> Manifest:
     """The manifest of a sealed root, given as path, URL (of the root or of its manifest.json) or store.
 
     Raises FileNotFoundError if the root is not sealed, ValueError if the manifest is broken."""
-    if not isinstance(source, Store):
-        source = open_store(source, options)
+    store = source if isinstance(source, Store) else open_store(source)
     try:
-        data = source.read(MANIFEST)
+        data = store.read(MANIFEST)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{source.url} holds no {MANIFEST}: seal it first (shards seal {source.url})."
-        ) from None
-    return parse_manifest(confirmed(source, MANIFEST, data), source.url)
+        raise FileNotFoundError(f"{store.url} holds no {MANIFEST}: seal it first (shards seal {store.url}).") from None
+    return parse_manifest(confirmed(store, MANIFEST, data), store.url)
 
 
 def confirmed(source: Store, name: str, data: bytes) -> bytes:
@@ -346,10 +339,9 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
             np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64)
             for digits in (document.shards.checksums, document.shards.index_checksums)
         )
-    except ValidationError as error:
-        raise ValueError(f"{url}/{MANIFEST} is broken: {explain_invalid(error)}.") from None
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{url}/{MANIFEST} is broken: {error}.") from None
+        reason = explain_invalid(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{url}/{MANIFEST} is broken: {reason}.") from None
     plan = document.plan
     if plan.format_version != FORMAT_VERSION:
         raise ValueError(f"{url}/{MANIFEST} has format {plan.format_version}; this program reads {FORMAT_VERSION}.")
@@ -360,6 +352,4 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
             f"where its own has the digest {plan.spec_digest}."
         )
     digest = sha256(data).hexdigest()[:32]
-    return Manifest(
-        url, digest, plan, plan.spec_digest, document.fields, document.rejected, tar_bytes, checksums, index_checksums
-    )
+    return Manifest(url, digest, plan, document.fields, document.rejected, tar_bytes, checksums, index_checksums)

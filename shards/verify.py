@@ -41,10 +41,9 @@ def verify(store: Store, shards: Sequence[int] | None = None, num_threads: int |
     and that keys are distinct. Memory is `num_threads` times the larger of READ_BYTES and the largest sample."""
     plan = read_plan(store)
     manifest = load_manifest(store) if store.size(MANIFEST) is not None else None
-    if manifest and manifest.spec_digest != plan.spec_digest:
-        raise ValueError(
-            f"{store.url}: the manifest seals spec {manifest.spec_digest}, but the root is bound to {plan.spec_digest}."
-        )
+    sealed, bound = manifest.plan.spec_digest if manifest else None, plan.spec_digest
+    if manifest and sealed != bound:
+        raise ValueError(f"{store.url}: the manifest seals spec {sealed}, but the root is bound to {bound}.")
     indices = range(plan.num_shards) if shards is None else shards
     if beyond := [index for index in indices if index >= plan.num_shards]:
         raise ValueError(f"{store.url} has shards 0 to {plan.num_shards - 1}, not {beyond}.")

@@ -11,7 +11,7 @@ import xxhash
 from shards.arguments import Parser
 from shards.manifest import MANIFEST, SPEC, IncompleteError, Manifest, confirmed, format_ranges, parse_manifest
 from shards.progress import progress
-from shards.record import Record, encode_index, read_record
+from shards.record import Record, complete_record, encode_index, read_record
 from shards.storage import open_store, storage_options
 from shards.store import Store, anew
 from shards.tar import canonical_json
@@ -113,11 +113,7 @@ def copy_shard(
 def _has(target: Store, name: str, record: Record) -> bool:
     """Whether the target has a complete shard with this record."""
     try:
-        return (
-            read_record(target, name) == record
-            and target.size(f"{name}.tar") == record.num_bytes
-            and target.size(f"{name}.idx.npy") == record.index_bytes
-        )
+        return complete_record(target, name, record.spec_digest, target.size) == record
     except (FileNotFoundError, ValueError):
         return False
 

@@ -177,11 +177,9 @@ class ObjectStore(RemoteStore):
             self._ask(check_name(name), lambda client: obstore.delete(client, name), expected=False)
 
     def sweep(self, prefix: str = "", rewritten: Container[str] = ()) -> Sequence[str]:
-        """Abort multipart uploads to s3 below `prefix` that are `rewritten` or began `stale_temporary_hours` ago.
-
-        A bucket doesn't tell whether an upload's writer is alive; give its age time. On gs a lifecycle rule does this,
-        Azure drops uncommitted blocks after a week by itself."""
-        swept: list[str] = []
+        """Abort multipart uploads to s3 below `prefix`: those to `rewritten` names, and the others of such an age that
+        their writers can't be alive. On gs a lifecycle rule does this, Azure drops uncommitted blocks after a week."""
+        swept = list[str]()
         if self._scheme != "s3":
             return swept
         began_before = datetime.now(UTC) - timedelta(hours=self.options.stale_temporary_hours)
@@ -190,13 +188,12 @@ class ObjectStore(RemoteStore):
             if client is None:
                 log.info("Unfinished uploads to %s are left alone: that needs `pip install boto3`.", self.url)
                 return swept
-            pages = client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self._bucket, Prefix=self._root + prefix
-            )
+            paginator, place = client.get_paginator("list_multipart_uploads"), {"Bucket": self._bucket}
+            pages = paginator.paginate(**place, Prefix=self._root + prefix)
             for upload in itertools.chain.from_iterable(page.get("Uploads", ()) for page in pages):
                 name = upload["Key"].removeprefix(self._root)
                 if name in rewritten or upload["Initiated"] < began_before:
-                    client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                    client.abort_multipart_upload(**place, Key=upload["Key"], UploadId=upload["UploadId"])
                     swept.append(name)
         except Exception as error:  # botocore's have no base of their own in common
             log.warning("Unfinished uploads to %s cannot be swept, which costs only money: %s", self.url, error)

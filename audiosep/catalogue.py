@@ -8,7 +8,9 @@ member of a tar (`audiosep index` writes them)."""
 import csv
 import hashlib
 import json
+import math
 import os
+import re
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -112,21 +114,28 @@ def read_catalogue(files: str | Mapping[str, float], check_files: bool) -> Catal
 
     With `check_files` every local clip must exist. Raises ValueError naming file and line of the first bad row."""
     weights = {files: 1.0} if isinstance(files, str) else dict(files)
-    if any(weight <= 0 for weight in weights.values()):
-        raise ValueError(f"The weights of catalogue files must be positive, not {weights}.")
-    columns, starts = _Columns(), [0]
+    if not weights or not all(0 < weight < math.inf for weight in weights.values()):
+        raise ValueError(f"Name one or more catalogue files with positive weights, not {weights}.")
+    columns, starts, missing, num_missing = _Columns(), [0], list[str](), 0
     for file in weights:
         rows = columns.num_rows
         for line, row in read_rows(file):
             try:
                 columns.append(row)
-                if check_files:
-                    _check_exists(columns.last_path, os.path.dirname(file))
             except ValueError as error:
                 raise ValueError(f"{file}:{line}: {error}") from None
+            if check_files and not _exists(location := resolve(columns.last_path, os.path.dirname(file))):
+                num_missing += 1
+                missing += [f"{file}:{line}: {location}"] * (num_missing <= 5)
         if columns.num_rows == rows:
             raise ValueError(f"{file} lists no clips.")
         starts.append(columns.num_rows)
+    if missing:
+        raise ValueError(
+            f"{num_missing} of {columns.num_rows} clips do not exist: {'; '.join(missing)}"
+            f"{'; ...' if num_missing > 5 else ''}. Paths are relative to the catalogue file. Mend or remove these "
+            "rows, or set check_files: false to have them counted as rejected clips."
+        )
     return columns.catalogue(starts, tuple(weights.values()), tuple(os.path.dirname(file) or "." for file in weights))
 
 
@@ -135,18 +144,38 @@ def read_rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     suffix = Path(file).suffix.lower()
     if suffix not in (".json", ".jsonl", ".csv", ".tsv"):
         raise ValueError(f"{file}: a catalogue is a .json, .jsonl, .csv or .tsv file; see `audiosep index` for tars.")
-    with open(file, encoding="utf-8", newline="") as stream:
-        if suffix == ".json":
-            yield from enumerate(_upstream_entries(file, stream), 1)
-        elif suffix == ".jsonl":
-            for line, text in enumerate(stream, 1):
-                if text.strip():
-                    yield line, _parse(file, line, text)
-        else:
-            reader = csv.DictReader(stream, delimiter="," if suffix == ".csv" else "\t")
-            for row in reader:
-                captions = {"captions": row["captions"].split("|")} if row.get("captions") else {}
-                yield reader.line_num, {key: value for key, value in row.items() if key != "captions"} | captions
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            if suffix == ".json":
+                yield from enumerate(_upstream_entries(file, stream), 1)
+            elif suffix == ".jsonl":
+                for line, text in enumerate(stream, 1):
+                    if text.strip():
+                        yield line, _parse(file, line, text)
+            else:
+                yield from _table_rows(file, stream, "," if suffix == ".csv" else "\t")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it in that encoding.") from None
+
+
+def _table_rows(file: str, stream: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)  # captions may be longer than its 128 KB
+    reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+    try:
+        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+            raise ValueError(f"{file}:1: a column stands twice in {', '.join(reader.fieldnames or ())}.")
+        for row in reader:
+            if any(surplus := row.pop(None, [])):  # where DictReader puts them
+                raise ValueError(
+                    f"{file}:{reader.line_num}: {len(row)} columns, but also the values {surplus}. "
+                    f'A value with {delimiter!r} in it needs quotes: "...".'
+                )
+            captions = {"captions": row["captions"].split("|")} if row.get("captions") else {}
+            yield reader.line_num, {key: value for key, value in row.items() if key != "captions"} | captions
+    except csv.Error as error:
+        raise ValueError(
+            f"{file} after line {reader.line_num}: {error}. Quotes come in pairs, and one inside of quotes is doubled."
+        ) from None
 
 
 def _parse(file: str, line: int, text: str) -> dict[str, Any]:
@@ -160,11 +189,16 @@ def _upstream_entries(file: str, stream: Any) -> Iterator[dict[str, Any]]:
     """The objects of the array "data", parsed one by one: 10^7 of them at once would take 10 GB."""
     decoder, text = json.JSONDecoder(), stream.read(JSON_CHUNK_CHARACTERS)
     head, found, text = text.partition("[")
-    if not found or '"data"' not in head:
+    if not found or not re.search(r'"data"\s*:\s*$', head):
         raise ValueError(f'{file}: expected {{"data": [{{"wav": ..., "caption": ...}}, ...]}}.')
     while True:
         text = text.lstrip(" \t\r\n,")
         if text.startswith("]"):
+            rest = (text[1:] + stream.read()).strip()
+            if rest != "}" and not rest.startswith(","):  # other keys are let pass
+                raise ValueError(
+                    f"{file}: after the array 'data' comes {rest[:60]!r}: it is cut, or several files in one."
+                )
             return
         try:
             entry, end = decoder.raw_decode(text)
@@ -178,10 +212,8 @@ def _upstream_entries(file: str, stream: Any) -> Iterator[dict[str, Any]]:
         text = text[end:]
 
 
-def _check_exists(path: str, folder: str) -> None:
-    location = resolve(path, folder)
-    if "://" not in location and not os.path.exists(location):
-        raise ValueError(f"{location} does not exist. Paths are relative to the catalogue file.")
+def _exists(location: str) -> bool:
+    return "://" in location or os.path.exists(location)
 
 
 @dataclass
@@ -205,22 +237,37 @@ class _Columns:
     def append(self, row: Any) -> None:
         if not isinstance(row, dict):
             raise ValueError(f"expected an object with path and caption, got {row!r}.")
-        path = row.get("wav") or row.get("path")
-        if not isinstance(path, str):
+        if "wav" not in row and "path" not in row:
             raise ValueError(f"no column 'wav' or 'path' (there are {', '.join(row) or 'none'}).")
+        path = row.get("wav") or row.get("path")
+        if not isinstance(path, str) or "\0" in path:
+            raise ValueError(f"the path is {path!r}, no name of a file.")
         if "caption" not in row and "captions" not in row:
             raise ValueError(f"no column 'caption' or 'captions' (there are {', '.join(row)}).")
-        captions = [*([row["caption"]] if "caption" in row else []), *row.get("captions", ())]
-        captions = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
-        if not captions or not all(captions):
-            raise ValueError(f"the caption of {path} is empty.")
+        phrasings = row.get("captions") or []
+        if not isinstance(phrasings, list):
+            raise ValueError(f"the captions of {path} are {phrasings!r}, not a list of sentences.")
+        captions = [*([row["caption"]] if "caption" in row else []), *phrasings]
+        if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+            raise ValueError(f"{path} needs captions that are sentences, not {captions}.")
+        captions = [caption.strip() for caption in captions]
+        try:
+            byte_range = [
+                unset if row.get(name) in (None, "") else int(row[name])
+                for name, unset in (("byte_offset", 0), ("byte_size", -1))
+            ]
+            self.byte_ranges.extend(byte_range)
+        except (ValueError, TypeError, OverflowError):
+            byte_range = [-1]
+        if byte_range[0] < 0:
+            named = f"{row.get('byte_offset')!r} and {row.get('byte_size')!r}"
+            raise ValueError(f"byte_offset and byte_size of {path} are {named}, not numbers of bytes.")
         self._add("path", path)
         for name in TEXT_COLUMNS[1:]:
             self._add(name, str(row.get(name) or ""))
         for caption in dict.fromkeys(captions):
             self._add("caption", caption)
         self.caption_ends.append(len(self.ends["caption"]))
-        self.byte_ranges.extend((int(row.get("byte_offset", 0)), int(row.get("byte_size", -1))))
         self.last_path = path
 
     def _add(self, column: str, text: str) -> None:

@@ -16,9 +16,14 @@ COMMANDS = {
     "demo": "the whole way on the bundled audio",
 }
 
+INTERRUPTED = 130  # as shells say it
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `audiosep COMMAND ...`; a failure that a user can act on is one message on stderr and exit status 2."""
+    """Run `audiosep COMMAND ...`.
+
+    A failure that a user can act on is one message on stderr and exit status 2; Ctrl-C is 130, where the command has no
+    status of its own for it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         listing = "\n".join(f"  {name:11} {meaning}" for name, meaning in COMMANDS.items())
@@ -33,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, EOFError) as error:
         print(f"audiosep {command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"audiosep {command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -23,18 +23,21 @@ T = TypeVar("T")
 def load_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """The config of type `cls` (a dataclass) in a YAML file, with `--section.key VALUE` pairs laid over it.
 
+    A VALUE is YAML, but for a key that takes strings it is taken as it stands: a query may have a colon or a #.
+
     Raises ValueError naming the file, the key and what is wrong; for an unknown key also the nearest valid one."""
     where = str(file) if file else "command line"
     data: Any = {}
     if file:
         try:
-            data = yaml.safe_load(Path(file).read_text()) or {}
-        except yaml.YAMLError as error:
+            data = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}; a config is a mapping of sections and keys.")
-    for key, value in _pairs(overrides):
-        _set(data, key.split("."), value)
+    types_of = {".".join(path): kind for path, kind, *_ in _keys(cls, ())}
+    for key, text in _pairs(overrides):
+        _set(data, key.split("."), _value(key, text, types_of.get(key, "")))
     return build_config(cls, data, where)
 
 
@@ -50,8 +53,22 @@ def build_config(cls: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def _problem(error: Any) -> str:
-    got = "" if "storage" in error["loc"] else f" (got {error['input']!r})"  # some may put secrets there
-    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}{got}"
+    key, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    # A message of our own has the values, a missing key has none, and some may put secrets under `storage`.
+    is_told = error["type"] in ("value_error", "missing") or "storage" in error["loc"]
+    return f"{key}: {message}".removeprefix(": ") + ("" if is_told else f" (got {error['input']!r})")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but a key that stands twice is an error: YAML itself lets the last one win, and the rest is lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            message = f"{', '.join(sorted(twice))} stands twice"
+            raise yaml.composer.ComposerError(None, None, message, node.start_mark)
+        return node
 
 
 def plain(config: Any) -> Any:
@@ -78,7 +95,7 @@ def describe(cls: type) -> str:
     return "\n".join(lines)
 
 
-def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Keys and values. Raises ValueError that repeats no value: it may be a secret behind a mistyped key."""
     key, words = "", list(overrides)
     while words:
@@ -91,10 +108,19 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
             if not words:
                 raise ValueError(f"--{key} needs a value.")
             value = words.pop(0)
-        try:
-            yield key, yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"The value of --{key} is not valid YAML; put it in quotes of its own.") from None
+        yield key, value
+
+
+def _value(key: str, text: str, type_name: str) -> Any:
+    """What an option's text stands for: for a key that takes strings the text itself, whatever YAML makes of it."""
+    kinds = type_name.split(" | ")
+    is_mapping = text.startswith("{") and any(kind.startswith("dict") for kind in kinds)
+    if "str" in kinds and not is_mapping and not (text in ("null", "~", "") and "None" in kinds):
+        return text
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"The value of --{key} is not valid YAML; put it in quotes of its own.") from None
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> None:

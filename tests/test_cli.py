@@ -67,6 +67,15 @@ def test_what_a_user_can_mend_is_one_message(
     assert len(message.splitlines()) == 1
 
 
+def test_ctrl_c_is_one_line(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    command.main = fail  # type: ignore[attr-defined]
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "audiosep train: interrupted\n"
+
+
 def test_our_own_mistakes_keep_their_traceback(command: ModuleType) -> None:
     def fail(words: list[str]) -> int:
         raise KeyError("ours")

@@ -101,17 +101,40 @@ def test_a_wrong_value_is_shown_with_its_file_and_key(tmp_path: Path) -> None:
     file.write_text("name: box\noptics: {focal_length: -35}\n")
     with pytest.raises(ValueError, match=r"camera\.yaml: optics\.focal_length: .*greater than 0.*-35"):
         load_config(Camera, file)
-    with pytest.raises(ValueError, match=r"name: .*required"):
+    with pytest.raises(ValueError, match=r"name: Field required$"):
         load_config(Camera, None)
+
+
+@pytest.mark.parametrize("text", ["a dog: barking", "dog #1", "yes", "007", "", "{", "- x", "犬"])
+def test_a_string_on_the_command_line_is_taken_as_it_stands(text: str) -> None:
+    assert load_config(Camera, None, ["--name", text]).name == text
+    assert load_config(Camera, None, [f"--name={text}"]).name == text
+
+
+def test_a_string_or_mapping_on_the_command_line_is_either() -> None:
+    def catalogue(text: str) -> object:
+        return load_config(PrecomputeConfig, None, ["--root", "r", "--catalogue", text]).catalogue
+
+    assert catalogue("a: b.json") == "a: b.json"
+    assert catalogue("{a.json: 1, b.json: 0.5}") == {"a.json": 1.0, "b.json": 0.5}
+    assert load_config(PrecomputeConfig, None, ["--root", "r", "--catalogue", "c", "--queries", "null"]).queries is None
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", r"camera\.yaml is not valid YAML"), ("- a", r"camera\.yaml holds a list; a config is a mapping")],
+    [
+        ("a: [1", r"camera\.yaml is not valid YAML"),
+        ("- a", r"camera\.yaml holds a list; a config is a mapping"),
+        ("name: \xe9", r"camera\.yaml is not valid YAML"),  # not UTF-8
+        (
+            "name: a\noptics: {serial: 1}\noptics: {shutter: leaf}",
+            r"camera\.yaml is not valid YAML: optics stands twice",
+        ),
+    ],
 )
 def test_files_that_are_no_configs_are_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "camera.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="latin1")
     with pytest.raises(ValueError, match=message):
         load_config(Camera, file)
 

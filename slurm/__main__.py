@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 def _status(run: Run, as_json: bool, every_seconds: float | None) -> int:
     while True:
         status = read_status(run)
-        print(json.dumps(asdict(status)) if as_json else "\n".join(lines(status)), flush=True)
+        print(json.dumps(asdict(status)) if as_json else "\n".join(lines(status, run.folder)), flush=True)
         if every_seconds is None or not status.active:
             return 0
         time.sleep(every_seconds)

@@ -17,7 +17,7 @@ STOP_SIGNAL = "USR1"
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with everything finished so far kept
 MISTAKE = 2  # ended with a message that says what to mend
 OWN_OPTIONS = frozenset(
-    ("array", "chdir", "dependency", "job-name", "open-mode", "output", "requeue", "signal", "wait")
+    ("array", "chdir", "dependency", "error", "job-name", "open-mode", "output", "requeue", "signal", "wait")
 )
 
 
@@ -135,7 +135,7 @@ def step(command: Sequence[str], resources: Resources, environment: Environment,
         mistake = [
             f"# {MISTAKE}: one task told a mistake (255 is apptainer's), which ended the others by a signal.",
             'if tail -c "+$((begin + 1))" "$log" |',
-            f"    grep -qE '^srun: .*: Exited with exit code ({MISTAKE}|255)$'; then",
+            f"    grep -qaE 'srun: error: .*: Exited with exit code ({MISTAKE}|255)$'; then",
             f"    status={MISTAKE}",
             "fi",
         ]

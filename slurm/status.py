@@ -87,10 +87,10 @@ def read_status(run: Run) -> Status:
     return Status(data_sets, stages, failures)
 
 
-def lines(status: Status) -> Iterator[str]:
-    """The status for people."""
+def lines(status: Status, folder: Path) -> Iterator[str]:
+    """The status of the run in `folder`, for people."""
     if not status.stages:
-        yield "Nothing was submitted from this run folder yet."
+        yield f"Nothing was submitted from {folder} yet."
     for data in status.data_sets:
         rate = f", {data.rate:.0f} shards/h, done about {data.end}" if data.end else ""
         yield f"{data.root}: {data.done} of {data.num_shards} shards, {data.left} left{rate}"

@@ -78,20 +78,21 @@ def test_only_stopped_and_killed_work_is_requeued_and_only_so_often(
 
 
 @pytest.mark.parametrize(
-    ("earlier", "tasks", "status"),
+    ("earlier", "told", "status"),
     [
-        ("", "node[1-4]: tasks 0-7: Exited with exit code 2", 2),
-        ("", "node1: task 0: Exited with exit code 255", 2),
-        ("", "node1: task 0: Exited with exit code 1", 143),
-        ("", "node1: task 0: Exited with exit code 75", 143),
-        ("", "node1: task 0: Out Of Memory", 143),
+        ("", "srun: error: node[1-4]: tasks 0-7: Exited with exit code 2", 2),
+        ("", "srun: error: node1: task 0: Exited with exit code 255", 2),
+        ("", "training:  25%|##  | 1/4srun: error: node1: task 0: Exited with exit code 2", 2),
+        ("", "srun: error: node1: task 0: Exited with exit code 1", 143),
+        ("", "srun: error: node1: task 0: Exited with exit code 75", 143),
+        ("", "srun: error: node1: task 0: Out Of Memory", 143),
         ("srun: error: node1: task 0: Exited with exit code 2\nended with status 2 (restart 0 of 20)\n", "", 143),
     ],
 )
-def test_a_mistake_that_one_rank_told_is_not_made_again(earlier: str, tasks: str, status: int, tmp_path: Path) -> None:
-    """Messages as srun writes them; an earlier start's no longer count."""
+def test_a_mistake_that_one_rank_told_is_not_made_again(earlier: str, told: str, status: int, tmp_path: Path) -> None:
+    """Messages as srun writes them, be it behind a progress bar; an earlier start's no longer count."""
     (tmp_path / "a log-7.log").write_text(earlier)
-    done = run_step(f'echo "srun: error: {tasks}" >>"$LOG"; exit 143', tmp_path / "a log", tmp_path)
+    done = run_step(f'echo "{told}" >>"$LOG"; exit 143', tmp_path / "a log", tmp_path)
     assert done.returncode == status
     assert f"ended with status {status} (restart 0 of 20)" in done.stdout
     assert ("scontrol requeue 7" in done.stdout) == (status == 143)
@@ -118,7 +119,7 @@ def test_carriage_returns_are_refused() -> None:
         check_script(script(environment=Environment(setup=("module load cuda\r",))))
 
 
-@pytest.mark.parametrize("extra", ["exclusive", "--array=1-9", "--output=x", "--mem 3G", "-p gpu"])
+@pytest.mark.parametrize("extra", ["exclusive", "--array=1-9", "--output=x", "--error=x", "--mem 3G", "-p gpu"])
 def test_options_of_its_own_and_malformed_ones_are_refused(extra: str) -> None:
     with pytest.raises(ValueError, match="extra"):
         check_resources(Resources(extra=(extra,)))

@@ -80,6 +80,9 @@ def read_status(run: Run) -> Status:
         logs = {log.stem.rpartition("-")[2]: log for log in run.log_folder.glob(f"{entry.name}-{entry.job_id}[._]*")}
         tasks = {task: state for task, state in states.items() if task.split("_")[0] == entry.job_id}
         tasks |= {task: _state_in(log) for task, log in logs.items() if task not in tasks}
+        if entry.name.startswith("seal-"):  # to Slurm 75, another round, is a failure
+            again = {task for task, log in logs.items() if tasks[task] == "FAILED" and _state_in(log) == "REQUEUED"}
+            tasks |= dict.fromkeys(again, "REQUEUED")
         stages.append(Stage(entry.name, entry.job_id, dict(Counter(tasks.values()))))
         if entry in newest.values():
             bad = [task for task, state in tasks.items() if state.split(" ")[0] in BAD_STATES]

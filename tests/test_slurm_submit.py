@@ -142,7 +142,9 @@ def test_a_job_that_is_cancelled_stays_cancelled(cluster: Cluster, tmp_path: Pat
     assert cluster.state(f"{ids['precompute-demo-1']}_1") == "CANCELLED"
 
 
-def test_what_is_missing_is_submitted_again_and_training_waits_for_it(cluster: Cluster, tmp_path: Path) -> None:
+def test_what_is_missing_is_submitted_again_and_training_waits_for_it(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(tmp_path, poison=4, luck=1)
     assert main(["pipeline", "--config", config]) == 0
     cluster.wait_idle(90)
@@ -157,6 +159,8 @@ def test_what_is_missing_is_submitted_again_and_training_waits_for_it(cluster: C
     )
     started, sealed = order[0].split("StartTime=")[1][:19], order[1].split("EndTime=")[1][:19]
     assert started >= sealed
+    stages = {stage["name"]: stage["states"] for stage in status_of(config, capsys)["stages"]}
+    assert (stages["seal-demo-1"], stages["seal-demo-2"]) == ({"REQUEUED": 1}, {"COMPLETED": 1})
 
 
 def test_a_shard_that_never_succeeds_ends_the_run_with_its_name(

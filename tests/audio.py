@@ -89,8 +89,3 @@ def write_config(file: Path, root: Path, catalogue: Path, **changes: Any) -> str
 
 def open_dataset(config: PrecomputeConfig) -> Dataset:
     return Dataset(config, read_catalogue(config.catalogue, config.check_files))
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """Every file below a folder, temporary ones too."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}

@@ -69,3 +69,7 @@ def make_data_set(
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def content(store: Store) -> dict[str, bytes]:
+    return {name: store.read(name) for name, _ in store.list()}

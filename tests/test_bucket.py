@@ -18,8 +18,8 @@ import torch
 import yaml
 from audio import small_settings, write_catalogue
 from servers import BUCKET, S3Server
-from shard_data import make_data_set
-from training_data import config_of, make_shards, settings
+from shard_data import content, make_data_set
+from training_data import assert_equal, config_of, make_shards, settings
 
 from audiosep import cli
 from audiosep.checkpoints import read_checkpoint
@@ -27,7 +27,7 @@ from audiosep.train import STOPPED, train
 from shards import cli as shards_cli
 from shards.loader import ShardLoader
 from shards.storage import open_store
-from shards.store import StorageConfig, Store
+from shards.store import StorageConfig
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -42,10 +42,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv(name, value)
     yield server
     server.kill()  # it has nothing to put away, and takes long to end by itself
-
-
-def content(store: Store) -> dict[str, bytes]:
-    return {name: store.read(name) for name, _ in store.list()}
 
 
 def catalogue_in(bucket: str, folder: Path) -> Path:
@@ -120,11 +116,6 @@ def without_clock(checkpoint: str | Path) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_training_goes_on_in_the_bucket_after_a_kill_an_outage_and_through_a_restart_of_the_server(

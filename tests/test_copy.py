@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from lossy_proxy import LossyProxy
 from servers import BUCKET, HttpServer, S3Server
-from shard_data import make_data_set
+from shard_data import content, make_data_set
 
 from shards.cli import main
 from shards.copy import copy
@@ -22,7 +22,7 @@ from shards.local_store import LocalStore
 from shards.manifest import IncompleteError, bind, load_manifest
 from shards.progress import progress
 from shards.storage import open_store
-from shards.store import Sink, StorageConfig, Store
+from shards.store import Sink, StorageConfig
 from shards.verify import verify
 
 
@@ -30,10 +30,6 @@ from shards.verify import verify
 def root(tmp_path: Path) -> Path:
     make_data_set(tmp_path / "set", num_samples=45, samples_per_shard=10)
     return tmp_path / "set"
-
-
-def content(store: Store) -> Mapping[str, bytes]:
-    return {name: store.read(name) for name, _ in store.list()}
 
 
 class CountingStore(LocalStore):

@@ -3,19 +3,19 @@
 import multiprocessing
 import pickle
 import re
-import socketserver
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_server import serving
 from lossy_proxy import FAULTS, LossyProxy
 from servers import ACCESS_KEY, BUCKET, SECRET_KEY, HttpServer, S3Server, free_ports
 
@@ -62,27 +62,19 @@ def test_objects_come_back_whole_and_absent_ones_are_named(store: Store) -> None
 def test_ranges_scatter_into_buffers_of_any_type_from_many_threads(store: Store) -> None:
     content = np.random.default_rng(1).integers(0, 1 << 16, 500_000, dtype=np.uint16)
     store.write("rows", content)
-    failures: list[BaseException] = []
 
     def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
-        try:
-            for _ in range(20):
-                start = int(rng.integers(400_000))
-                rows = [np.empty(int(rng.integers(5000)), np.float16) for _ in range(4)]
-                store.read_range("rows", 2 * start, [memoryview(bytearray(2)), *rows])
-                total = sum(row.size for row in rows)
-                back = np.concatenate([row.view(np.uint16) for row in rows])
-                np.testing.assert_array_equal(back, content[start + 1 : start + 1 + total])
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(20):
+            start = int(rng.integers(400_000))
+            rows = [np.empty(int(rng.integers(5000)), np.float16) for _ in range(4)]
+            store.read_range("rows", 2 * start, [memoryview(bytearray(2)), *rows])
+            total = sum(row.size for row in rows)
+            back = np.concatenate([row.view(np.uint16) for row in rows])
+            np.testing.assert_array_equal(back, content[start + 1 : start + 1 + total])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     with pytest.raises(EOFError, match="ends at byte 1000000; wanted 20 bytes from 999990, got 10"):
         store.read_range("rows", 999_990, [np.empty(20, np.uint8)])
     with pytest.raises(EOFError, match="wanted those from 2000000 on"):
@@ -110,20 +102,15 @@ def test_large_objects_commit_on_a_clean_end_only_and_leave_no_upload(store: Sto
 
 
 def test_of_many_creators_one_wins(store: Store) -> None:
-    outcomes: dict[int, bool] = {}
     barrier = threading.Barrier(8)
 
-    def create(index: int) -> None:
+    def create(index: int) -> bool:
         barrier.wait()
-        outcomes[index] = store.create("spec.json", b"%d" % index)
+        return store.create("spec.json", b"%d" % index)
 
-    threads = [threading.Thread(target=create, args=(index,)) for index in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(outcomes) == 8
-    assert [b"%d" % index for index, won in outcomes.items() if won] == [store.read("spec.json")]
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = pool.map(create, range(8))
+    assert [b"%d" % index for index, won in enumerate(outcomes) if won] == [store.read("spec.json")]
 
 
 def test_a_replaced_object_is_an_error_for_the_reader_and_not_for_who_replaced_it(store: Store) -> None:
@@ -141,10 +128,8 @@ def test_a_replaced_object_is_an_error_for_the_reader_and_not_for_who_replaced_i
 
 WRITER = """
 import sys, time
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from shards.storage import open_store
-from shards.store import NoRangeError, StorageConfig
+from shards.store import StorageConfig
 options = StorageConfig(endpoint=sys.argv[2], region="us-east-1", part_bytes=5 << 20)
 with open_store(sys.argv[1], options).writer("shard.tar") as sink:
     for _ in range(5):
@@ -457,26 +442,18 @@ def test_an_upload_in_parts_that_fails_says_that_it_has_to_begin_anew(s3_server:
         assert store.size("a") is None
 
 
-EXPIRED = b"""HTTP/1.1 400 Bad Request\r\nContent-Length: 130\r\nConnection: close\r\n\r\n<?xml version="1.0"?><Error>
-<Code>ExpiredToken</Code><Message>The token has expired.</Message><Token-0>a-secret</Token-0></Error>"""
+EXPIRED = b"""<?xml version="1.0"?><Error><Code>ExpiredToken</Code><Message>The token has expired.</Message>
+<Token-0>a-secret</Token-0></Error>"""
 
 
 def test_of_an_xml_answer_only_code_and_message_are_told(s3_server: S3Server) -> None:
-    class Expired(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            self.request.recv(1 << 16)
-            self.request.sendall(EXPIRED.ljust(EXPIRED.index(b"<?xml") + 130))
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Expired) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        store = open_store("s3://bucket/x", StorageConfig(endpoint=endpoint, signed_urls=False, **HASTY))
+    with serving(lambda exchange: exchange.send(400, EXPIRED, Connection="close")) as server:
+        store = open_store("s3://bucket/x", StorageConfig(endpoint=server.url, signed_urls=False, **HASTY))
         for action, *arguments in ((store.write, "a", b""), (store.read, "a"), (store.delete, "a"), (store.size, "a")):
             with pytest.raises(PermissionError, match="400 Bad Request") as caught:
                 action(*arguments)
             assert "a-secret" not in str(caught.value)
             assert action == store.size or str(caught.value).endswith("ExpiredToken: The token has expired.")
-        server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -528,27 +505,12 @@ def test_keys_of_others_that_are_no_paths_hide_nothing(s3_server: S3Server, monk
     body = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{"".join(map(entry.format, keys))}'
     body += "<Name>bucket</Name><IsTruncated>false</IsTruncated></ListBucketResult>"
 
-    class Listing(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def do_HEAD(self) -> None:
-            self.send_error(404)
-
-        def log_message(self, *_: object) -> None:
-            return
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        options = StorageConfig(endpoint=f"http://127.0.0.1:{server.server_address[1]}", region="us-east-1", **HASTY)
-        store = open_store("s3://bucket/set", options)
+    with serving(lambda exchange: exchange.send(200, body.encode())) as server:
+        store = open_store("s3://bucket/set", StorageConfig(endpoint=server.url, region="us-east-1", **HASTY))
         assert list(store.list()) == [("a", 1), ("a1", 1), ("d/e", 1)]
         monkeypatch.setitem(sys.modules, "boto3", None)
         with pytest.raises(ValueError, match=r"cannot be listed.*set//b.*Delete that object, or `pip install boto3`"):
             list(store.list())
-        server.shutdown()
 
 
 def test_prefixes_with_quoted_characters_are_swept(s3_server: S3Server) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from audio import open_dataset, small_config, tree, waveform, write_bad, write_catalogue, write_config
+from audio import open_dataset, small_config, waveform, write_bad, write_catalogue, write_config
+from shard_data import tree
 
 from audiosep.precompute import main
 from shards.manifest import seal

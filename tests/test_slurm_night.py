@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from audio import small_settings, tree, write_catalogue, write_config
+from audio import small_settings, write_catalogue, write_config
 from servers import BUCKET, S3Server
+from shard_data import tree
 from slurm_lab import Cluster, kill, processes
 
 from audiosep.cli import main as audiosep

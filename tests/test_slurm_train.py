@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from servers import BUCKET, S3Server
+from shard_data import write_one
 from slurm_lab import Cluster, kill, processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,7 +21,6 @@ from shards.manifest import bind, seal
 from shards.storage import open_store
 from shards.store import StorageConfig
 from shards.tar import Sample
-from shards.writer import write_shard
 from slurm.__main__ import main
 from slurm.submit import Run
 
@@ -35,9 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = {"clips": {"sample_rate": 8000, "segment_seconds": 0.1}, "stft": {"window_lengths": [64], "hop_length": 32}}
     plan = bind(store, spec | {"query_encoder": "test"}, NUM_SAMPLES, 120)
     for shard in range(plan.num_shards):
-        indices = plan.samples(shard)
-        name, samples = plan.shard_name(shard), map(make_sample, indices)
-        write_shard(store, name, samples, num_samples=len(indices), spec_digest=plan.spec_digest)
+        write_one(store, plan, shard, make_sample)
     seal(store)
     return root
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,22 +122,17 @@ def test_writes_are_synced_before_they_are_renamed_and_their_folders_after(
 
 
 def test_of_many_creators_one_wins_and_all_see_its_object(store: Store, tmp_path: Path) -> None:
-    outcomes: dict[int, bool] = {}
     barrier = threading.Barrier(16)
 
-    def create(index: int) -> None:
+    def create(index: int) -> bool:
         barrier.wait()
-        outcomes[index] = store.create("spec.json", b"%d" % index)
+        created = store.create("spec.json", b"%d" % index)
         assert store.size("spec.json")
+        return created
 
-    threads = [threading.Thread(target=create, args=(index,)) for index in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [index for index, won in outcomes.items() if won]
-    assert len(outcomes) == 16
-    assert [b"%d" % index for index in winners] == [store.read("spec.json")]
+    with ThreadPoolExecutor(16) as pool:
+        outcomes = pool.map(create, range(16))
+    assert [b"%d" % index for index, won in enumerate(outcomes) if won] == [store.read("spec.json")]
     assert files_in(tmp_path / "set") == ["spec.json"]
 
 
@@ -203,27 +199,19 @@ def test_threads_read_right_bytes_while_files_are_replaced_and_descriptors_evict
     for index in range(8):
         store.write(f"{index}", bytes([index]) * 5000)
     end = time.monotonic() + 1.0
-    failures: list[BaseException] = []
 
     def work(seed: int) -> None:
         rng, row = np.random.default_rng(seed), np.empty(5000, np.uint8)
-        try:
-            while time.monotonic() < end:
-                index = int(rng.integers(8))
-                if seed == 0:
-                    store.write(f"{index}", bytes([index]) * 5000)
-                else:
-                    store.read_range(f"{index}", 0, [row])
-                    assert (row == index).all()
-        except BaseException as error:
-            failures.append(error)
+        while time.monotonic() < end:
+            index = int(rng.integers(8))
+            if seed == 0:
+                store.write(f"{index}", bytes([index]) * 5000)
+            else:
+                store.read_range(f"{index}", 0, [row])
+                assert (row == index).all()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(work, range(5)))
 
 
 WRITER = """

@@ -15,7 +15,7 @@ import yaml
 from lossy_proxy import LossyProxy
 from servers import HttpServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_data import config_of, make_shards, served, settings
+from training_data import assert_equal, config_of, make_shards, served, settings
 
 from audiosep.checkpoints import read_checkpoint
 from audiosep.resunet import ResUNet30
@@ -35,11 +35,6 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(root: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     return read_checkpoint(root / "checkpoints" / name)["state_dict"]
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def start(file: Path, config: dict) -> subprocess.Popen[bytes]:

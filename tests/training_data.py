@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from shard_data import write_one
 
 from audiosep.config import build_config
 from audiosep.stft import stft
@@ -13,7 +14,6 @@ from audiosep.train import TrainConfig
 from shards.manifest import bind, seal
 from shards.storage import open_store
 from shards.tar import Sample
-from shards.writer import write_shard
 
 SAMPLE_RATE, LENGTH, HOP_LENGTH = 8000, 1024, 32
 KINDS = ("low", "high")
@@ -62,12 +62,15 @@ def make_shards(
     }
     store = open_store(root)
     plan = bind(store, spec, num_samples, 20)
+
+    def make(index: int) -> Sample:
+        sample = make_sample(index, windows, representation)
+        if index == spoil:
+            sample.arrays[f"stft_segment.{windows[0]}"][:] = np.nan
+        return sample
+
     for shard in range(plan.num_shards):
-        samples = [make_sample(index, windows, representation) for index in plan.samples(shard)]
-        for sample in samples:
-            if int(sample.key) == spoil:
-                sample.arrays[f"stft_segment.{windows[0]}"][:] = np.nan
-        write_shard(store, plan.shard_name(shard), samples, num_samples=len(samples), spec_digest=plan.spec_digest)
+        write_one(store, plan, shard, make)
     seal(store)
     return root
 
@@ -100,3 +103,8 @@ def served(folder: Path, rank: int = 0) -> list[tuple[dict[str, Any], list[list[
         else:
             readings.append((entry, []))
     return readings
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -116,6 +116,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print the plan at the speed of a few steps made here")
     parser.add_argument("--check", action="store_true", help="read the config, and do nothing if it is right")
+    parser.add_argument(
+        "--restart",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often a scheduler began this run again; from 1 on it is no mistake if a storage does not answer",
+    )
     options, overrides = parser.parse_known_args(arguments)
     config = load_config(TrainConfig, options.config, overrides)
     if options.check:
@@ -123,7 +130,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.dry_run:
         print(plan(config))
         return DONE
-    return train(config)
+    try:
+        return train(config)
+    except OSError as error:
+        if not options.restart or not is_away(error) or isinstance(error, PermissionError | FileNotFoundError):
+            raise
+        return put_off(error)
 
 
 def train(config: TrainConfig) -> int:
@@ -147,13 +159,22 @@ def train(config: TrainConfig) -> int:
     try:
         trainer.fit(system, data, ckpt_path=last if begun else None, weights_only=True)
     except OSError as error:
-        away = isinstance(error, (TransferError, TimeoutError)) or error.errno in AWAY
-        if not away or trainer.global_step == first_step:  # it never worked: a mistake in the config, not an outage
+        if not is_away(error) or trainer.global_step == first_step:  # it never worked: a mistake, not an outage
             raise
-        reason = str(error).rstrip(".")
-        print(f"audiosep train: {reason}. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return STOPPED
+        return put_off(error)
     return STOPPED if keeper.stopped else DONE
+
+
+def is_away(error: OSError) -> bool:
+    """Whether an error is a storage's that went away or refused, and may be back."""
+    return isinstance(error, TransferError | TimeoutError) or error.errno in AWAY
+
+
+def put_off(error: OSError) -> int:
+    print(
+        f"audiosep train: {str(error).rstrip('.')}. The same command goes on from the last checkpoint.", file=sys.stderr
+    )
+    return STOPPED
 
 
 @rank_zero_only

@@ -60,7 +60,8 @@ def train(run: Run, after: Sequence[str] = ()) -> list[Job]:
     name = f"train-{run.attempts('train') + 1}"
     settings = run.folder / f"{name}.yaml"
     world = '--trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"'
-    command = [f"{config.audiosep} train --config {shlex.quote(str(settings))}", world]
+    again = '--restart "${SLURM_RESTART_COUNT:-0}"'
+    command = [f"{config.audiosep} train --config {shlex.quote(str(settings))} {again}", world]
     body = [
         "# Every rank finds the others through the first node of the job.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',

@@ -156,6 +156,8 @@ def test_training_goes_on_in_the_bucket_after_a_kill_an_outage_and_through_a_res
     wait_for_batches(60, impatient)
     server.kill()
     assert impatient.wait(60) == STOPPED
+    for restart, status in (("0", 2), ("1", STOPPED)):  # the outage lasts
+        assert start("--data.storage.retry_seconds", "1", "--restart", restart).wait(60) == status
     server.start()
     process = start()
     wait_for_batches(80, process)

@@ -89,7 +89,7 @@ def test_training_goes_on_exactly_after_preemption_a_killed_rank_and_on_more_nod
     cluster.preempt()
     wait_for_batches(cluster, tmp_path)
 
-    ranks = processes("audiosep.cli train", str(tmp_path))
+    ranks = processes("audiosep.cli train", str(tmp_path), "--restart 1")
     assert len(ranks) == 2
     kill(ranks[1:])
     cluster.wait("the end of the other rank", lambda: cluster.state(job) == "PENDING", 30)

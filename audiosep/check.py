@@ -22,6 +22,7 @@ SAMPLE_RATE = 8000
 MAX_SECONDS = 60.0  # of a clip that are looked at
 SLICES, BANDS = 33, 32  # fingerprints: signs of differences between neighbours in time and frequency
 SAME_SHARE = 0.85  # of equal signs, from which two clips are the same; unrelated ones have about half, rarely 0.7
+MIN_RANGE = 2e-3  # between a clip's samples; all that is quieter, -60 dBFS, would sound the same
 BLOCK = 4096  # clips compared with as many others at a time
 
 
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         num_leaks += split != other_split
         word = "LEAK" if split != other_split else "twice"
         print(f"{word}: {_name(splits, split, number)} sounds like {_name(splits, other_split, other_number)}")
-    unread = sum(each is None for each in prints)
-    print(f"{len(clips)} clips compared, {unread} of them unreadable; {num_leaks} leaks between splits")
+    left_out = [(clip, reason) for clip, reason in zip(clips, prints) if isinstance(reason, str)]
+    for (split, number), reason in left_out:
+        print(f"not compared: {_name(splits, split, number)} ({reason})")
+    print(f"{len(clips)} clips, {len(left_out)} of them not compared; {num_leaks} leaks between splits")
     return LEAKS if num_leaks else FINE
 
 
@@ -62,16 +65,18 @@ def shared_recordings(splits: dict[str, Catalogue]) -> Iterator[tuple[str, str, 
             yield one, other, recording
 
 
-def fingerprint(catalogue: Catalogue, number: int) -> np.ndarray | None:
-    """Signs, int8 [SLICES - 1, BANDS - 1] flattened, of how band energies change; None if the clip can't be read.
+def fingerprint(catalogue: Catalogue, number: int) -> np.ndarray | str:
+    """Signs, int8 [SLICES - 1, BANDS - 1] flattened, of how band energies change; or why the clip has none.
 
     Slices divide the clip evenly, so clips of a different extent are different sounds."""
     try:
         with open_clip(catalogue.clip(number)) as file:
             sample_rate = file.samplerate
             waveform = file.read(int(MAX_SECONDS * sample_rate), dtype="float32", always_2d=True).mean(axis=1)
-    except (Rejection, soundfile.LibsndfileError):
-        return None
+    except (Rejection, soundfile.LibsndfileError) as error:
+        return str(error)
+    if not len(waveform) or not np.ptp(waveform) > MIN_RANGE:
+        return "silent, or not finite"
     waveform = soxr.resample(waveform, sample_rate, SAMPLE_RATE)
     size = max(512, 2 * len(waveform) // (SLICES + 1) // 2 * 2)  # slices overlap by a half
     starts = np.linspace(0, max(len(waveform) - size, 0), SLICES).astype(int)
@@ -83,9 +88,9 @@ def fingerprint(catalogue: Catalogue, number: int) -> np.ndarray | None:
     return np.where(np.diff(np.diff(levels, axis=0), axis=1) > 0, 1, -1).astype(np.int8).ravel()
 
 
-def same_sounds(prints: Sequence[np.ndarray | None]) -> Iterator[tuple[int, int]]:
+def same_sounds(prints: Sequence[np.ndarray | str]) -> Iterator[tuple[int, int]]:
     """Pairs of clips with the same fingerprint but for a few signs. All are compared with all: n^2 in time."""
-    places = [place for place, each in enumerate(prints) if each is not None]
+    places = [place for place, each in enumerate(prints) if isinstance(each, np.ndarray)]
     signs = np.array([prints[place] for place in places], np.float32)
     for first in range(0, len(places), BLOCK):
         for second in range(first, len(places), BLOCK):

@@ -25,7 +25,7 @@ class ClipConfig:
 
     sample_rate: Annotated[int, Field(gt=0, description="of every waveform, Hz")] = 32000
     segment_seconds: Annotated[
-        float, Field(gt=0, description="length of a sample, s; shorter clips are zero-padded")
+        float, Field(gt=0, allow_inf_nan=False, description="length of a sample, s; shorter clips are zero-padded")
     ] = 5.0
     min_clip_seconds: Annotated[float, Field(ge=0, description="shorter clips are rejected, s")] = 1.0
     silence_dbfs: Annotated[
@@ -64,7 +64,7 @@ def read_crop(
             raise Rejection("short", f"{seconds:.3f} s")
         offset = int(fraction * (max(_length(file, config) - config.length, 0) + 1))
         crop = _crop(file, offset, config)
-    peak = float(np.maximum(crop.max(), -crop.min()))  # NaN if any sample is
+    peak = abs(float(np.maximum(crop.max(), -crop.min())))  # NaN if any sample is; of silence 0, not -0
     if not np.isfinite(peak):
         raise Rejection("not finite", "NaN or infinite samples")
     if peak < 10 ** (config.silence_dbfs / 20):

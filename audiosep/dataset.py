@@ -16,7 +16,7 @@ from audiosep.mixing import MixingConfig, mix
 from audiosep.queries import QueryConfig, make_encoder
 from audiosep.recipes import GROUP_TARGETS, Recipe, Recipes, Source
 from audiosep.samples import Encoder, Rendered
-from audiosep.stft import Precision, Representation, StftConfig
+from audiosep.stft import Precision, Representation, StftConfig, stored_shape
 from shards.manifest import SPEC, Plan, bind, read_plan, survey
 from shards.record import Record, examine
 from shards.storage import open_store
@@ -93,13 +93,18 @@ class Tally:
             self.examples[entry["clip"]] = f"{entry['reason']}: {entry['detail']}"
         return self
 
-    def check(self, max_fraction: float) -> None:
-        """Raise ValueError that names files, if there are more than `max_fraction` rejections for each sample."""
-        if self.num_rejected > max_fraction * self.num_samples:
-            shown = "; ".join(f"{clip} ({reason})" for clip, reason in self.examples.items())
+    def __str__(self) -> str:
+        shown = [f"{clip} ({reason})" for clip, reason in self.examples.items()] + ["..."] * (len(self.examples) == 10)
+        return f"clips were rejected {self.num_rejected} times for {self.num_samples} samples: {'; '.join(shown)}"
+
+    def check(self, max_fraction: float, least_samples: int = 0) -> None:
+        """Raise ValueError that names files, if there are more than `max_fraction` rejections for each sample, of which
+        at least `least_samples` are reckoned with."""
+        allowed = max_fraction * max(self.num_samples, least_samples)
+        if self.num_rejected > allowed:
             raise ValueError(
-                f"{self.num_rejected} clips rejected for {self.num_samples} samples, more than max_rejected_fraction "
-                f"{max_fraction}: {shown}; ... Mend or remove them, or raise the fraction if other clips may stand in."
+                f"{self}. These are more than the {allowed:g} that max_rejected_fraction {max_fraction} lets pass. "
+                "Mend or remove them, or raise the fraction if other clips may stand in."
             )
 
 
@@ -109,9 +114,12 @@ class Dataset:
     def __init__(self, config: PrecomputeConfig, catalogue: Catalogue, dry_run: bool = False) -> None:
         """Begins the data set unless it is a dry run, which changes nothing at the root.
 
-        Raises ValueError that names what changed, if the root was begun with another spec."""
+        Raises ValueError, before the root is bound, for segments that are too short for a window, and one that names
+        what changed, if the root was begun with another spec."""
         self.config, self.catalogue, self._dry_run = config, catalogue, dry_run
         self.store: Store = open_store(config.root, config.storage)
+        for window_length in config.stft.window_lengths:
+            stored_shape(config.clips.length, window_length, config.stft.hop_length, config.shards.representation)
         self.recipes = Recipes(
             catalogue,
             config.mixing,
@@ -190,8 +198,7 @@ class Dataset:
                 before_sample()
                 rendered = renderer.render(number)
                 yield encoder(rendered, self._condition(rendered))
-                tally = Tally().add(max(len(numbers), TOLERANT_SAMPLES), rejected)
-                tally.check(self.config.max_rejected_fraction)
+                Tally().add(len(numbers), rejected).check(self.config.max_rejected_fraction, TOLERANT_SAMPLES)
 
         self.store.sweep(f"{name}.")  # what a killed worker left of this shard
         with _one_thread():

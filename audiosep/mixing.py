@@ -19,8 +19,12 @@ class MixingConfig:
     """What may be drawn for one mixture."""
 
     max_mix_num: Annotated[int, Field(ge=2, description="sources in a mixture, drawn uniformly in 2..max_mix_num")] = 2
-    lower_db: Annotated[int, Field(description="smallest gain of an interferer over the target's energy, dB")] = -10
-    higher_db: Annotated[int, Field(description="largest gain of an interferer over the target's energy, dB")] = 10
+    lower_db: Annotated[
+        int, Field(ge=-100, le=100, description="smallest gain of an interferer over the target's energy, dB")
+    ] = -10
+    higher_db: Annotated[
+        int, Field(ge=-100, le=100, description="largest gain of an interferer over the target's energy, dB")
+    ] = 10
     distinct_kinds: Annotated[
         bool, Field(description="two sources of a mixture never share a kind, where both have one")
     ] = True

@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -82,7 +83,7 @@ def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--rank", type=int, default=0, help="make only shards rank, rank + world_size, ...")
     parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--shards", type=parse_ranges, help="make only these shards, such as 3,17,40-52")
+    parser.add_argument("--shards", help="make only these shards, such as 3,17,40-52")
     parser.add_argument("--plan", action="store_true", help="print as JSON what is missing, and make nothing")
     parser.add_argument("--begin", action="store_true", help="with --plan: bind the root to this config all the same")
     options, overrides = parser.parse_known_args(arguments)
@@ -93,7 +94,7 @@ def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     dataset = Dataset(config, catalogue, dry_run=options.plan and not options.begin)
     request.check()
     plan = dataset.plan
-    share = options.shards or range(options.rank, plan.num_shards, options.world_size)
+    share = parse_ranges(options.shards) if options.shards else range(options.rank, plan.num_shards, options.world_size)
     if share and share[-1] >= plan.num_shards:
         raise ValueError(f"--shards names shard {share[-1]}, but there are only 0..{plan.num_shards - 1}.")
     unfinished, tally = dataset.survey(share)
@@ -113,9 +114,15 @@ def _precompute(arguments: Sequence[str], request: StopRequest) -> int:
     for index, reason in failures.items():
         print(f"audiosep precompute: {config.root}/{plan.shard_name(index)} failed: {reason}", file=sys.stderr)
     if unfinished:
-        print(f"audiosep precompute: missing in {config.root}: shards {format_ranges(unfinished)}", file=sys.stderr)
+        ranges = format_ranges(unfinished)
+        print(
+            f"audiosep precompute: missing in {config.root}: shards {ranges}. The same command makes them.",
+            file=sys.stderr,
+        )
         return FAILED
     tally.check(config.max_rejected_fraction)
+    if tally.num_rejected:
+        print(f"audiosep precompute: {config.root}: {tally}", file=sys.stderr)
     return DONE
 
 
@@ -164,6 +171,8 @@ def _render_in_processes(
     workers: dict[Connection, tuple[BaseProcess, int | None]] = {}  # at the parent's end of a pipe: who, at which shard
     with tempfile.TemporaryDirectory(prefix="audiosep-") as folder:
         dataset.catalogue.save(Path(folder))
+        resource_tracker.ensure_running()  # now, because starting it unblocks signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # also in the new processes, until they have handlers
         try:
             for _ in range(num_processes):
                 ours, theirs = context.Pipe()
@@ -171,6 +180,7 @@ def _render_in_processes(
                 process.start()
                 theirs.close()
                 workers[ours] = process, None
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             num_failures = 0
             while workers and (waiting or any(index is not None for _, index in workers.values())):
                 request.check()
@@ -197,6 +207,7 @@ def _render_in_processes(
                     workers[pipe] = process, waiting.popleft() if waiting else None
                     pipe.send(workers[pipe][1])
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             for worker, index in workers.values():
                 worker.kill() if index is None else worker.terminate()
             for worker, _ in workers.values():
@@ -210,6 +221,7 @@ def _work(pipe: Connection, config: "PrecomputeConfig", catalogue_folder: str) -
     """A process that renders the shards it is told to, until it is told None. It answers None for each sample begun,
     then the record, or why there is none."""
     with StopRequest() as request, suppress(Stopped, EOFError, ConnectionError):  # or nobody is left to work for
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         from audiosep.catalogue import Catalogue
         from audiosep.dataset import Dataset
 

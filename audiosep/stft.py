@@ -24,6 +24,15 @@ class StftConfig:
     ] = (2048,)
     hop_length: Annotated[int, Field(gt=0, description="samples from one frame to the next, for all windows")] = 320
 
+    def __post_init__(self) -> None:
+        if len(set(self.window_lengths)) < len(self.window_lengths):
+            raise ValueError(f"window_lengths {self.window_lengths}: one of them stands twice.")
+        if self.hop_length >= min(self.window_lengths):
+            raise ValueError(
+                f"hop_length {self.hop_length} is not below the window length {min(self.window_lengths)}: audio "
+                "between two frames would be in neither. Use a half or less of the window."
+            )
+
 
 def hann_window(window_length: int) -> np.ndarray:
     """Periodic Hann window, float32 [window_length]."""
@@ -52,7 +61,15 @@ def istft(spectrogram: torch.Tensor, window_length: int, hop_length: int, length
 
 
 def stored_shape(length: int, window_length: int, hop_length: int, representation: Representation) -> tuple[int, ...]:
-    """[C, T, F], or [2, C, T, F] for complex spectrograms: the real plane, then the imaginary one. C is 1."""
+    """[C, T, F], or [2, C, T, F] for complex spectrograms: the real plane, then the imaginary one. C is 1.
+
+    `length` in samples must exceed half a window, which is what reflection at the edges needs, or ValueError is raised.
+    """
+    if length <= window_length // 2:
+        raise ValueError(
+            f"{length} samples are too few for a window of {window_length}: reflecting the edges needs more than "
+            f"{window_length // 2}. Use longer segments or shorter windows."
+        )
     shape = (1, num_frames(length, hop_length), window_length // 2 + 1)
     return shape if representation == "magnitude" else (2, *shape)
 
@@ -66,13 +83,9 @@ class Transform:
     def __init__(
         self, length: int, window_length: int, hop_length: int, representation: Representation, device: str = "cpu"
     ) -> None:
-        """`length` in samples must exceed half a window, which is what reflection at the edges needs."""
-        if length <= window_length // 2:
-            raise ValueError(
-                f"{length} samples are too few for a window of {window_length}: reflecting the edges needs more than "
-                f"{window_length // 2}. Use longer segments or shorter windows."
-            )
-        self.representation, self.frames = representation, num_frames(length, hop_length)
+        """Raises ValueError like `stored_shape`."""
+        self.representation = representation
+        self.frames = stored_shape(length, window_length, hop_length, representation)[-2]
         self._window = torch.from_numpy(hann_window(window_length)).to(device)
         self._padded = torch.empty(length + window_length, device=device)
         self._framed = self._padded.unfold(0, window_length, hop_length)

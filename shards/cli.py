@@ -88,9 +88,11 @@ def seal_command(arguments: Sequence[str]) -> int:
 
 
 def _summary(manifest: Manifest) -> str:
+    rejected = ", ".join(f"{count} {reason}" for reason, count in manifest.rejected.items())
     return (
         f"{manifest.url}: {manifest.num_samples} samples in {manifest.num_shards} shards, "
         f"{manifest.tar_bytes.sum() / 1e9:.3f} GB, digest {manifest.digest}"
+        f"{f'; inputs rejected: {rejected}' if rejected else ''}"
     )
 
 
@@ -123,10 +125,13 @@ def _repair(store: Store, bad: Sequence[int], config: str) -> int:
 
     A sealed root is sealed again: where the same software runs on the same kind of processor, to the same digest."""
     plan = read_plan(store)
+    command = [sys.executable, "-m", "audiosep.cli", "precompute", "--config", config, "--root", store.url]
+    command += ["--shards", format_ranges(bad)]
+    if status := subprocess.run([*command, "--plan"], check=False, stdout=subprocess.DEVNULL).returncode:
+        return status  # a config of another data set, say: nothing is deleted
     for index in bad:
         discard(store, plan.shard_name(index))
-    command = ["precompute", "--config", config, "--root", store.url, "--shards", format_ranges(bad)]
-    status = subprocess.run([sys.executable, "-m", "audiosep.cli", *command], check=False).returncode
+    status = subprocess.run(command, check=False).returncode
     if not status and store.size(MANIFEST) is not None:
         before, after = load_manifest(store), seal(store)
         if after.digest != before.digest:

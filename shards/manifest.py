@@ -21,6 +21,7 @@ from shards.store import Store
 from shards.tar import Field, canonical_json
 
 SPEC, MANIFEST = "spec.json", "manifest.json"
+MAX_SHARDS = 10**7  # have names of seven digits
 SHARDS_PER_FOLDER = 1000  # and their 3,000 files, once a data set has more than ten folders' worth
 
 
@@ -45,6 +46,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.samples_per_shard < 1:
             raise ValueError(f"{self.num_samples} samples, {self.samples_per_shard} to a shard: both must be positive.")
+        if self.num_shards > MAX_SHARDS:
+            raise ValueError(
+                f"{self.num_samples} samples, {self.samples_per_shard} to a shard, would be {self.num_shards} shards; "
+                f"{MAX_SHARDS} are possible. Put more into each, or make fewer samples."
+            )
 
     @cached_property
     def spec_digest(self) -> str:

@@ -41,7 +41,21 @@ def test_a_disguised_copy_in_another_split_is_a_leak(tmp_path, capsys, change):
     assert main([str(train), str(test)]) == 3
     told = capsys.readouterr().out
     assert f"LEAK: original.flac of {train} sounds like copy" in told
-    assert "8 clips compared, 1 of them unreadable; 1 leaks" in told
+    assert "8 clips, 1 of them not compared; 1 leaks" in told
+
+
+def test_what_gives_no_sound_is_named_and_no_leak(tmp_path, capsys):
+    splits = [write_catalogue(tmp_path / name, 1) for name in ("train", "test")]
+    add(splits[0], "zeros.wav", np.zeros(8000), 8000)
+    add(splits[1], "quiet.wav", np.full(8000, 0.0005), 8000)
+    add(splits[1], "empty.wav", np.zeros(0), 8000)
+    (splits[1].parent / "clips/0.flac").write_bytes(b"")
+    assert main([str(split) for split in splits]) == 0
+    told = capsys.readouterr().out
+    for name in ("zeros.wav", "quiet.wav", "empty.wav"):
+        assert f"not compared: {name} of " in told
+    assert f"not compared: clips/0.flac of {splits[1]} (undecodable: " in told
+    assert "5 clips, 4 of them not compared; 0 leaks" in told
 
 
 def test_one_recording_in_two_splits_is_a_leak(tmp_path, capsys):

@@ -77,6 +77,12 @@ def test_a_sealed_root_is_the_sum_of_its_shards(tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_more_shards_than_there_are_names_for_bind_no_root(tmp_path):
+    with pytest.raises(ValueError, match=r"would be 100000000001 shards; 10000000 are possible"):
+        bind(open_store(tmp_path), {}, num_samples=10**12 + 1, samples_per_shard=10)
+    assert tree(tmp_path) == {}
+
+
 def test_sealing_names_what_is_missing(tmp_path):
     store = open_store(tmp_path)
     plan = write_set(store, num_samples=40, samples_per_shard=4)

@@ -111,6 +111,13 @@ def test_a_root_begun_with_another_config_is_refused(tmp_path, catalogue, overri
             main(["--config", config, *words, *override])
 
 
+def test_segments_too_short_for_a_window_bind_no_root(tmp_path, catalogue):
+    config = configure(tmp_path, catalogue)
+    with pytest.raises(ValueError, match="samples are too few for a window of"):
+        main(["--config", config, "--clips.segment_seconds", "0.001"])
+    assert not (tmp_path / "root").exists()
+
+
 def test_a_changed_catalogue_is_refused(tmp_path):
     catalogue = write_catalogue(tmp_path)
     config = configure(tmp_path, catalogue)
@@ -118,6 +125,21 @@ def test_a_changed_catalogue_is_refused(tmp_path):
     catalogue.write_text(catalogue.read_text().replace("number 3", "number three"))
     with pytest.raises(ValueError, match=r"spec\.catalogue\.digest"):
         main(["--config", config])
+
+
+def test_ctrl_c_while_processes_start_is_one_line(tmp_path, catalogue):
+    command = [sys.executable, "-m", "audiosep.cli", "precompute", "--config", configure(tmp_path, catalogue)]
+    process = subprocess.Popen(
+        [*command, "--num_processes", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 3:  # the two and multiprocessing's own
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1] == "Stopped by a signal; the same command goes on from here."
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -199,10 +221,11 @@ def write_bad_catalogue(folder):
     return catalogue
 
 
-def test_bad_clips_are_replaced_the_same_way_by_everyone_and_recorded(tmp_path):
+def test_bad_clips_are_replaced_the_same_way_by_everyone_and_recorded(tmp_path, capsys):
     catalogue = write_bad_catalogue(tmp_path / "audio")
     config = configure(tmp_path, catalogue, max_rejected_fraction=1, check_files=False)
     assert main(["--config", config]) == 0
+    assert "times for 36 samples: clips/" in capsys.readouterr().err
     assert main(["--config", config, "--root", str(tmp_path / "other"), "--num_processes", "2"]) == 0
     assert tree(tmp_path / "root") == tree(tmp_path / "other")
     manifest = seal(open_store(tmp_path / "root"))
@@ -228,7 +251,8 @@ def test_too_many_rejections_fail_the_task_every_time_and_name_the_files(tmp_pat
     config = configure(tmp_path, write_bad_catalogue(tmp_path / "audio"), check_files=False)
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"more than max_rejected_fraction 0\.01: .*clips/.*\.wav \((missing|short)"
+            ValueError,
+            match=r"rejected \d+ times for 36 samples: .*clips/.*\.wav \((missing|short).* than the 0\.36 that max_rej",
         ):
             main(["--config", config])
 

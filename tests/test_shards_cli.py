@@ -134,6 +134,10 @@ def test_verify_repairs_only_the_bad_shards(tmp_path, capfd):
     assert "BAD shard-000002: sample 0, at byte 0: its bytes have the checksum" in printed.out
     assert "BAD shard-000000: " in printed.out
     assert "--shards 0,2 --repair CONFIG" in printed.err
+    damaged = tree(root)
+    assert main(["verify", str(root), "--repair", write_config(tmp_path / "b.yaml", root, catalogue, seed=7)]) == 2
+    assert "was begun with another configuration" in capfd.readouterr().err
+    assert tree(root) == damaged
     assert main(["verify", str(root), "--repair", config]) == 0
     assert "2 of 2 shards are good" in capfd.readouterr().out
     assert tree(root) == expected

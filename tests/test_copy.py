@@ -133,11 +133,10 @@ def test_bits_that_flip_in_what_no_checksum_covers_are_noticed(root: Path, tmp_p
 
 def test_copies_through_a_lossy_network_are_exact(root: Path, http_server: HttpServer, tmp_path: Path) -> None:
     """Faults of every kind, flipped bits included, on three answers in ten; the copy is repeated until it is whole."""
-    copy(open_store(root), open_store(http_server.files / tmp_path.name))
+    copy(open_store(root), http_server.target(tmp_path.name))
     target = open_store(tmp_path / "copy")
-    options = StorageConfig(stall_seconds=0.25, backoff_seconds=0.001)
-    with LossyProxy(int(http_server.url.rpartition(":")[2]), rate=0.3, seed=1) as proxy:
-        source = open_store(f"{proxy.url}/{tmp_path.name}", options)
+    with LossyProxy(http_server.port, rate=0.3, seed=1) as proxy:
+        source = http_server.source(tmp_path.name, proxy.url, stall_seconds=0.25, backoff_seconds=0.001)
         for _ in range(50):
             try:
                 copy(source, target)
@@ -172,8 +171,8 @@ def test_an_upload_that_breaks_midway_is_begun_anew(
     bars: list[Any] = []
     monkeypatch.setattr("shards.copy.progress", lambda **options: bars.append(progress(**options)) or bars[0])
     make_data_set(tmp_path / "set", num_samples=2, samples_per_shard=1, shapes={"x": (3 << 20,)})
-    upstream, place = int(s3_server.endpoint.rpartition(":")[2]), f"s3://{BUCKET}/{tmp_path.name}/anew"
-    with LossyProxy(upstream, faults=["refused"], rate=0.15, seed=3) as proxy:
+    place = f"s3://{BUCKET}/{tmp_path.name}/anew"
+    with LossyProxy(s3_server.port, faults=["refused"], rate=0.15, seed=3) as proxy:
         options = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, backoff_seconds=0.001)
         manifest = copy(open_store(tmp_path / "set"), open_store(place, options), jobs=1)
         assert proxy.counts["refused"] > 1
@@ -185,9 +184,9 @@ def test_an_upload_that_breaks_midway_is_begun_anew(
 
 def test_ctrl_c_does_not_wait_for_a_slow_line_and_leaves_nothing_for_good(s3_server: S3Server, tmp_path: Path) -> None:
     make_data_set(tmp_path / "set", num_samples=4, samples_per_shard=1, shapes={"x": (3 << 20,)})
-    upstream, place = int(s3_server.endpoint.rpartition(":")[2]), f"s3://{BUCKET}/{tmp_path.name}/interrupted"
+    place = f"s3://{BUCKET}/{tmp_path.name}/interrupted"
     command = [sys.executable, "-m", "shards.cli", "copy", str(tmp_path / "set"), place, "--target-options"]
-    with LossyProxy(upstream, upload_rate=50_000) as proxy:  # which takes eight minutes for the parts
+    with LossyProxy(s3_server.port, upload_rate=50_000) as proxy:  # which takes eight minutes for the parts
         options = {"endpoint": proxy.url, "region": "us-east-1", "part_bytes": 5 << 20}
         process = subprocess.Popen([*command, json.dumps(options)], stderr=subprocess.PIPE, text=True)
         try:

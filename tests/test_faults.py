@@ -2,13 +2,11 @@
 
 import re
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lossy_proxy import LossyProxy
-from servers import BUCKET, HttpServer, S3Server
 from shard_data import make_data_set, make_sample
 
 from shards.batches import Batch
@@ -16,13 +14,13 @@ from shards.copy import copy
 from shards.loader import ShardLoader
 from shards.reader import CorruptSampleError
 from shards.storage import open_store
-from shards.store import StorageConfig, TransferError
+from shards.store import TransferError
 
 NUM_FAULTS = 1000  # for each kind of server
 NUM_SAMPLES = 320
 SHAPES = {"stft_mixture.2048": (1, 60, 50), "stft_segment.2048": (1, 60, 50), "condition": (30,)}
 STATED = (TransferError, CorruptSampleError, PermissionError, FileNotFoundError)
-HASTY = StorageConfig(stall_seconds=0.25, backoff_seconds=0.001, retry_seconds=20.0, concurrency=24)
+HASTY = {"stall_seconds": 0.25, "backoff_seconds": 0.001, "retry_seconds": 20.0, "concurrency": 24}
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +41,14 @@ def check(batch: Batch) -> None:
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", ["http", "s3"])
-def test_random_faults_of_every_kind(
-    root: Path, s3_server: S3Server, http_server: HttpServer, kind: str, longer: int
-) -> None:
+def test_random_faults_of_every_kind(root: Path, request: pytest.FixtureRequest, kind: str, longer: int) -> None:
     """Each epoch is taken up again after every error, from the loader's state, until it is whole."""
-    place = f"faults-{kind}"
-    if kind == "http":
-        upstream, options = http_server.url, HASTY
-        copy(open_store(root), open_store(http_server.files / place))
-    else:
-        upstream, options = s3_server.endpoint, replace(HASTY, endpoint=s3_server.endpoint, region="us-east-1")
-        copy(open_store(root), open_store(f"s3://{BUCKET}/{place}", options))
+    server = request.getfixturevalue(f"{kind}_server")
+    copy(open_store(root), server.target("faults"))
     ends: Counter[str] = Counter()
-    with LossyProxy(int(upstream.rpartition(":")[2]), seed=11) as proxy:
-        if kind == "s3":
-            options = replace(options, endpoint=proxy.url)
-        url = f"{proxy.url}/{place}" if kind == "http" else f"s3://{BUCKET}/{place}"
-        loader = ShardLoader(url, storage=options, block_samples=5)  # some alone, some with their neighbours
+    with LossyProxy(server.port, seed=11) as proxy:
+        source = server.source("faults", proxy.url, **HASTY)
+        loader = ShardLoader(source.url, storage=source.options, block_samples=5)  # some alone, some with neighbours
         proxy.rate = 0.3
         while proxy.counts.total() < NUM_FAULTS * longer:
             epoch, seen = loader.epoch, list[int]()

@@ -291,15 +291,10 @@ def test_one_answer_in_four_with_each_fault(
 ) -> None:
     """Every read is exact; three refusals in a row alone may end one, and the first 404 for a whole object."""
     content = np.random.default_rng(4).bytes(4_000_000)
-    upstream = int((http_server.url if kind == "http" else s3_server.endpoint).rpartition(":")[2])
-    with LossyProxy(upstream, [fault], rate=0.25, seed=5) as proxy:
-        if kind == "http":
-            (http_server.files / "faulty").write_bytes(content)
-            store = open_store(proxy.url, replace(http_server.options, **HASTY))
-        else:
-            options = replace(s3_server.options, signed_urls=kind == "presigned")
-            open_store(f"s3://{BUCKET}/faulty", options).write("faulty", content)
-            store = open_store(f"s3://{BUCKET}/faulty", replace(options, endpoint=proxy.url, **HASTY))
+    server = http_server if kind == "http" else s3_server
+    server.target("set").write("faulty", content)
+    with LossyProxy(server.port, [fault], rate=0.25, seed=5) as proxy:
+        store = server.source("set", proxy.url, signed_urls=kind == "presigned", **HASTY)
         rng, refusals = np.random.default_rng(6), []
         for turn in range(15):
             start, row = int(rng.integers(2_000_000)), np.zeros((200_000, 2_000_000)[turn % 2], np.uint8)
@@ -330,7 +325,7 @@ def test_a_server_that_stays_broken_is_an_error_with_place_attempts_and_reason(
         ("status", "the server answered (500|503|429)"),
         ("stall", "within stall_seconds|no answer|bytes came"),
     ):
-        with LossyProxy(int(http_server.url.rpartition(":")[2]), [fault], rate=1.0) as proxy:
+        with LossyProxy(http_server.port, [fault], rate=1.0) as proxy:
             store = open_store(proxy.url, replace(http_server.options, **(HASTY | {"retry_attempts": 4})))
             with pytest.raises(TransferError, match=rf"{proxy.url}/faulty: gave up at byte \d+ after \d+ .*({reason})"):
                 store.read_range("faulty", 0, [row])
@@ -375,7 +370,7 @@ class Planned(LossyProxy):
 @pytest.mark.parametrize("fault", ["cut", "stall", "status", "refused", "length"])
 def test_every_request_is_made_again_after_one_broken_answer(s3_server: S3Server, fault: str) -> None:
     """Those that write, too; an upload in parts at each of its requests."""
-    upstream, content = int(s3_server.endpoint.rpartition(":")[2]), np.random.default_rng(8).bytes(6 << 20)
+    content = np.random.default_rng(8).bytes(6 << 20)
     direct = open_store(f"s3://{BUCKET}/again-{fault}", s3_server.options)
     direct.write("there", b"123456")
 
@@ -395,7 +390,7 @@ def test_every_request_is_made_again_after_one_broken_answer(s3_server: S3Server
         requests.append((lambda store: store.size("there"), 6, 0))
     for where in (0.3, 0.8) if fault == "refused" else (0.8,):
         for request, expected, skipped in requests:
-            with Planned(upstream) as proxy:
+            with Planned(s3_server.port) as proxy:
                 proxy.plan = [(None, 0.0)] * skipped + [(fault, where)]
                 hasty = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, **HASTY)
                 assert request(open_store(direct.url, hasty)) == expected
@@ -406,7 +401,7 @@ def test_every_request_is_made_again_after_one_broken_answer(s3_server: S3Server
 def test_uploads_take_the_time_that_a_slow_line_needs(s3_server: S3Server) -> None:
     """Each part needs far longer than stall_seconds."""
     content = np.random.default_rng(9).bytes(12 << 20)
-    with LossyProxy(int(s3_server.endpoint.rpartition(":")[2]), upload_rate=8e6) as proxy:
+    with LossyProxy(s3_server.port, upload_rate=8e6) as proxy:
         options = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, **HASTY, retry_attempts=3)
         store = open_store(f"s3://{BUCKET}/slow", options)
         with store.writer("parts") as sink:
@@ -430,7 +425,7 @@ def test_a_store_that_only_writes_takes_up_new_credentials(
 
 
 def test_an_upload_in_parts_that_fails_says_that_it_has_to_begin_anew(s3_server: S3Server) -> None:
-    with Planned(int(s3_server.endpoint.rpartition(":")[2])) as proxy:
+    with Planned(s3_server.port) as proxy:
         proxy.plan = [(None, 0.0), ("refused", 0.2)]
         options = replace(s3_server.options, endpoint=proxy.url, part_bytes=5 << 20, **HASTY)
         store = open_store(f"s3://{BUCKET}/anew", options)

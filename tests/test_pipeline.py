@@ -11,7 +11,6 @@ import sys
 import tarfile
 import textwrap
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,11 @@ import pytest
 import torch
 import webdataset
 from lossy_proxy import LossyProxy
-from servers import BUCKET
 from shard_data import SHAPES, make_data_set, make_sample
 
 from shards.loader import ShardLoader
 from shards.manifest import load_manifest
 from shards.pipeline import SequentialLoader, ShardSource, collate
-from shards.storage import open_store
 from shards.tar import Sample
 
 
@@ -50,19 +47,12 @@ def foreign(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
 def test_tars_behind_broken_connections_are_read_whole(foreign, tmp_path, request, kind):
-    if kind == "http":
-        server = request.getfixturevalue("http_server")
-        upstream, target = server.url, open_store(server.files / tmp_path.name)
-    else:
-        server = request.getfixturevalue("s3_server")
-        upstream, target = server.endpoint, open_store(f"s3://{BUCKET}/{tmp_path.name}", server.options)
+    server = request.getfixturevalue(f"{kind}_server")
     for path in foreign.glob("*.tar"):
-        target.write(path.name, path.read_bytes())
-    with LossyProxy(int(upstream.rpartition(":")[2]), faults=("cut",), rate=0.4) as proxy:
-        hasty = replace(server.options, backoff_seconds=0.001)
-        hasty = replace(hasty, endpoint=proxy.url) if kind == "s3" else hasty
-        folder = f"s3://{BUCKET}/{tmp_path.name}" if kind == "s3" else f"{proxy.url}/{tmp_path.name}"
-        loader = SequentialLoader(folder + "/part-{0..3}.tar", batch_size=22, storage=hasty)
+        server.target(tmp_path.name).write(path.name, path.read_bytes())
+    with LossyProxy(server.port, faults=("cut",), rate=0.4) as proxy:
+        source = server.source(tmp_path.name, proxy.url, backoff_seconds=0.001)
+        loader = SequentialLoader(source.url + "/part-{0..3}.tar", batch_size=22, storage=source.options)
         for _ in range(5):
             [batch] = loader
             assert sorted(text["index"] for text in batch.text) == [

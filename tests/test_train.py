@@ -105,7 +105,7 @@ def test_credentials_that_expire_in_mid_training_end_it_with_a_checkpoint_to_go_
 ):
     make_shards(http_server.files / "expiring", 100)
     answers = itertools.count()
-    with LossyProxy(int(http_server.url.rpartition(":")[2])) as proxy:
+    with LossyProxy(http_server.port) as proxy:
         proxy.draw = lambda: ("refused" if next(answers) > 60 else None, 0.0)  # 403
         config = settings(tmp_path / "run", Path("train"), max_epochs=30, checkpoint_steps=5)
         config["data"] |= {"train": f"{proxy.url}/expiring", "storage": {"backoff_seconds": 0.001}}

@@ -99,9 +99,9 @@ def known_keys(cls: Any = SlurmConfig, prefix: str = "") -> dict[str, str]:
     return keys
 
 
-def plain(config: SlurmConfig) -> Any:
-    """The config as plain data, fit for YAML and for `load_config`."""
-    return TypeAdapter(SlurmConfig).dump_python(config, mode="json")
+def as_yaml(config: SlurmConfig) -> str:
+    """The config as `load_config` reads it."""
+    return yaml.safe_dump(TypeAdapter(SlurmConfig).dump_python(config, mode="json"), sort_keys=False)
 
 
 def _problem(error: Any) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from slurm.config import as_yaml
 from slurm.job import STOPPED, Resources, check_resources, render, step, with_status
 from slurm.status import last_words
 from slurm.submit import (
@@ -106,7 +107,7 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     """What a sealing job does: 0 sealed; 75 the next round is in the queue; 1 given up, with the missing shards named.
 
     Jobs that wait for this sealing job wait for the next one instead. Started twice, it does not submit twice."""
-    run = Run.open(folder)
+    run = Run.open(folder, f"seal-{split}-{attempt}.yaml")
     file = run.folder / f"precompute-{split}-{attempt}.yaml"
     plan = read_plan(run, file)
     if not plan.unfinished:
@@ -138,7 +139,7 @@ def render_round(run: Run, file: Path, plan: Plan, split: str, attempt: int, rou
         f"Otherwise submits another array for those that are missing ({rounds_left} more times at most)."
     )
     words = [sys.executable, "-m", "slurm", "finish", str(run.folder), split, str(attempt), str(rounds_left)]
-    settings = {f"precompute-{split}-{attempt}.yaml": file.read_text()}
+    settings = {f"precompute-{split}-{attempt}.yaml": file.read_text(), f"{name}.yaml": as_yaml(run.config)}
     script = _script(run, name, purpose, run.config.seal, with_status(shlex.join(words), run.config.seal))
     seal = Job(name, script, settings, plan=plan)
     if not plan.unfinished:

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter
 
-from slurm.config import SlurmConfig, load_config, plain
+from slurm.config import SlurmConfig, as_yaml, load_config
 from slurm.job import check_script
 
 
@@ -68,8 +67,8 @@ class Run:
     dry_run: bool = False  # jobs are only shown, and no data set is begun
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Run":
-        return cls(load_config(Path(folder) / "config.yaml"))
+    def open(cls, folder: str | Path, config: str = "config.yaml") -> "Run":
+        return cls(load_config(Path(folder) / config))
 
     @property
     def folder(self) -> Path:
@@ -116,7 +115,7 @@ def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
     for job in jobs:
         check_script(job.script)
     run.log_folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(plain(run.config), sort_keys=False))
+    (run.folder / "config.yaml").write_text(as_yaml(run.config))
     for job in jobs:
         for name, text in {**job.files, f"{job.name}.sbatch": job.script}.items():
             (run.folder / name).write_text(text)

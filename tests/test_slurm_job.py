@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
-from slurm.config import load_config, plain
+from slurm.config import as_yaml, load_config
 from slurm.job import Environment, Resources, check_resources, check_script, render, step, time_seconds
 
 CONTAINERS = [
@@ -139,7 +138,7 @@ def test_a_config_survives_the_run_folder_and_names_its_mistakes(tmp_path: Path)
     for file in [*Path("configs/slurm").glob("*.yaml"), tmp_path / "shown.yaml"]:
         config = load_config(file, ["--nodes", "3", "--precompute.max_tasks", "7"], "train")
         assert (config.train.nodes, config.precompute.max_tasks) == (3, 7)
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+        (tmp_path / "config.yaml").write_text(as_yaml(config))
         assert load_config(tmp_path / "config.yaml") == config
         with pytest.raises(ValueError, match=r"unknown key 'train\.node'; the nearest valid one is 'train\.nodes'"):
             load_config(file, ["--node", "3"], "train")

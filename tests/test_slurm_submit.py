@@ -198,12 +198,20 @@ def test_last_words_are_of_the_split_itself_and_of_a_killed_task_how_its_log_end
         assert re.search(rf"shard {shards}: .*precompute-demo-2-1-\d+_{task}\.log ends with .*Killed", told)
 
 
-def test_a_sealing_job_that_runs_twice_starts_one_round(cluster: Cluster, tmp_path: Path) -> None:
-    main(["precompute", "--config", write_config(tmp_path, poison=4)])
+def test_a_sealing_job_that_runs_twice_starts_one_round_by_the_config_of_its_submission(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, poison=4)
+    assert main(["precompute", "--config", config]) == 0
+    (tmp_path / "train.yaml").write_text(f"root: {tmp_path / 'model'}")
+    later = ["--train.config", str(tmp_path / "train.yaml"), "--precompute.max_running", "1"]
+    assert main(["train", "--config", config, *later]) == 0
     cluster.wait("the second round", lambda: "seal-demo-2" in job_ids(tmp_path), 60)
     cluster.run("scontrol", "requeue", job_ids(tmp_path)["seal-demo-1"])
     cluster.wait_idle(120)
-    assert [*job_ids(tmp_path)] == [f"{job}-demo-{attempt}" for attempt in (1, 2, 3) for job in ("precompute", "seal")]
+    made = [name for name in job_ids(tmp_path) if name != "train-1"]
+    assert made == [f"{job}-demo-{attempt}" for attempt in (1, 2, 3) for job in ("precompute", "seal")]
+    assert "%1" not in (tmp_path / "run of it" / "precompute-demo-2.sbatch").read_text()
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,8 @@ def train(config: TrainConfig) -> int:
     system, data = build(config)
     last, storage = config.checkpoint(LAST), config.data.storage
     store, name = open_object(last, storage)
-    begun = store.size(name) is not None
-    if begun:
-        checkpoint = read_checkpoint(last, storage)
+    checkpoint = read_checkpoint(last, storage) if store.size(name) is not None else {}
+    if checkpoint:
         complete = is_complete(checkpoint, config.trainer)
         doing = "The run is complete:" if complete else "Going on from"
         print(f"{doing} {last}, step {checkpoint['global_step']}.", file=sys.stderr)
@@ -155,9 +154,9 @@ def train(config: TrainConfig) -> int:
     prepare(store)
     keeper = LastCheckpoint(last, config.trainer.checkpoint_steps, config.trainer.max_hours)
     trainer = make_trainer(config, data, keeper)
-    first_step = checkpoint["global_step"] if begun else 0
+    first_step = checkpoint.get("global_step", 0)
     try:
-        trainer.fit(system, data, ckpt_path=last if begun else None, weights_only=True)
+        trainer.fit(system, data, ckpt_path=last if checkpoint else None, weights_only=True)
     except OSError as error:
         if not is_away(error) or trainer.global_step == first_step:  # it never worked: a mistake, not an outage
             raise

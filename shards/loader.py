@@ -251,12 +251,9 @@ class ShardLoader:
                 filled = ahead.take()
                 self.stats.wait_seconds += time.perf_counter() - started
                 num_skipped += self._account(filled, num_skipped)
-                if self._iteration is not iteration:
-                    pass  # the place is no longer ours to move
-                elif step < num_batches:
-                    self.epoch, self._samples = epoch, min(start + step * self._global_batch_size, self.num_samples)
-                else:
-                    self.epoch, self._samples = epoch + 1, 0
+                if self._iteration is iteration:  # otherwise the place is no longer ours to move
+                    reached = epoch, start + step * self._global_batch_size
+                    self.epoch, self._samples = reached if step < num_batches else (epoch + 1, 0)
                 yield filled.batch()
         finally:
             ahead.close()

@@ -45,15 +45,20 @@ def read(reader: SampleReader, samples: list[int]):
         yield result if isinstance(result, CorruptSampleError) else (*result, arrays)
 
 
-@pytest.mark.parametrize("checksums", [True, False])
-def test_reads_any_samples_in_any_order(root, checksums):
-    reader = SampleReader(load_manifest(root), open_store(root), checksums=checksums)
-    samples = random.Random(0).sample(range(30), 30)
+def check(reader: SampleReader, samples: list[int]) -> None:
+    """All that is read of some samples against what was written."""
     for sample, (key, text, arrays) in zip(samples, read(reader, samples)):
         written = make_sample(sample)
         assert (key, text) == (written.key, written.text)
         for name, array in written.arrays.items():
             np.testing.assert_array_equal(arrays[name], array)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_reads_any_samples_in_any_order(root, checksums):
+    reader = SampleReader(load_manifest(root), open_store(root), checksums=checksums)
+    samples = random.Random(0).sample(range(30), 30)
+    check(reader, samples)
 
 
 @given(st.permutations(list(LARGE)), st.integers(1, 5))
@@ -97,11 +102,7 @@ class Remote(LocalStore):
 def test_neighbours_are_one_read_up_to_a_size_and_the_same_as_by_themselves(root, samples, request_bytes):
     store = Remote(root, request_bytes)
     reader = SampleReader(load_manifest(root), store)
-    for sample, (key, text, arrays) in zip(samples, read(reader, samples)):
-        written = make_sample(sample)
-        assert (key, text) == (written.key, written.text)
-        for name, array in written.arrays.items():
-            np.testing.assert_array_equal(arrays[name], array)
+    check(reader, samples)
     joints = sum(after == before + 1 and after % 10 > 0 for before, after in itertools.pairwise(samples))
     assert len(store.reads) >= len(samples) - joints
     if request_bytes == 1 << 20:

@@ -256,9 +256,9 @@ def _histogram(title: str, unit: str, values: Sequence[float]) -> str:
     return _chart(title, f'<svg viewBox="0 0 300 142">{bars}{marker}{axis}{middle}</svg>')
 
 
-def _bars(title: str, counts: Mapping[str, int], most_shown: int = 12) -> str:
-    """The largest of some counts as labelled bars."""
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
+def _bars(title: str, counts: Mapping[str, int]) -> str:
+    """The twelve largest of some counts as labelled bars."""
+    ordered, most_shown = sorted(counts.items(), key=lambda item: -item[1]), 12
     rows = "".join(
         f'<div class="bar"><span title="{html.escape(name)}">{html.escape(name)}</span>'
         f'<i style="width:{100 * count / ordered[0][1]:.1f}%"></i><em>{count:,}</em></div>'

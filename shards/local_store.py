@@ -31,7 +31,7 @@ class LocalStore(Store):
         super().__init__(url, options)
         self._folder = Path(url)
         self._prefix = os.path.join(url, "")
-        self._sync = os.fsync if durable else _no_sync
+        self._sync: Callable[[int], None] = os.fsync if durable else lambda _: None
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -233,10 +233,6 @@ class _FileSink:
             yield
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; nothing was written", self._path) from None
-
-
-def _no_sync(descriptor: int) -> None:
-    """In the place of fsync."""
 
 
 @functools.cache

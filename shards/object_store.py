@@ -343,21 +343,15 @@ class _ClientBody:
 
 def _failure(error: Exception) -> Failure:
     """What an obstore error means for another attempt."""
-    kind = _kind(error)
-    is_final = re.search(r"status code: 4(?!08|09|25|29)|redirect", str(error))  # nothing to do with the network
-    attempts = 1 if kind is FileExistsError else None if kind is TransferError and not is_final else 3
-    return Failure(_reason(error), error=kind, attempts=attempts)
-
-
-def _kind(error: Exception) -> type[OSError]:
-    """The error that says what an obstore error means."""
-    text = _text(error)
+    text, reason = _text(error), _reason(error)
     if isinstance(error, AlreadyExistsError):
-        return FileExistsError
+        return Failure(reason, error=FileExistsError, attempts=1)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
-        return RefusedError
-    missing = isinstance(error, FileNotFoundError) or "404 Not Found" in text  # as lists and deletes say it
-    return AbsentError if missing else TransferError
+        return Failure(reason, error=RefusedError, attempts=3)
+    if isinstance(error, FileNotFoundError) or "404 Not Found" in text:  # as lists and deletes say it
+        return Failure(reason, error=AbsentError, attempts=3)
+    is_final = re.search(r"status code: 4(?!08|09|25|29)|redirect", str(error))  # nothing to do with the network
+    return Failure(reason, attempts=3 if is_final else None)
 
 
 _NO_CREDENTIALS = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)")

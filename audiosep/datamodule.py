@@ -46,6 +46,8 @@ class ShardDataModule(pl.LightningDataModule):
         self.config, self._windows, self._num_epochs = config, windows, num_epochs
         self._encoder = make_encoder(config.queries, storage=config.storage) if config.queries else None
         self.roots = [config.train] if isinstance(config.train, str) else list(config.train)
+        if not self.roots:
+            raise ValueError("data.train names no data set.")
         first, *others = self.roots + [config.valid] * bool(config.valid)
         self.audio = self._format(first)
         for root in others:

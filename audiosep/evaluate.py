@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from pydantic import Field
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from audiosep.datamodule import Batches
 from audiosep.metrics import si_sdr, summarise
 from audiosep.queries import QueryConfig, make_encoder
 from audiosep.samples import Batch, open_manifest
-from audiosep.separate import encoder_of
+from audiosep.separate import device_of, encoder_of
 from audiosep.stft import istft
 from audiosep.system import AudioFormat, SeparationSystem, load_system, scores
 from shards.loader import LoaderConfig, ShardLoader
@@ -76,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     batches = _open(config, system)
     output = open_store(config.output, config.storage)
     check_writable(output)
-    device = Fabric(accelerator=config.accelerator, devices=1).device
+    device = device_of(config.accelerator)
     separators: dict[str, Separate] = {"model": partial(system.to(device).estimate, windows=config.windows)}
     if config.baselines:
         torch.manual_seed(0)
@@ -107,6 +106,14 @@ def _open(config: EvaluateConfig, system: SeparationSystem) -> Batches | Benchma
         return BenchmarkBatches(items, system.audio, windows, encoder_of(system, queries, config.storage))
     store = open_store(config.shards, config.storage)
     manifest = open_manifest(store)
+    if not manifest.spec["query_encoder"] and not config.queries:
+        raise ValueError(f"{config.shards} stores no conditions: set queries.encoder to encode its captions here.")
+    stored, trained = manifest.spec["stft"]["window_lengths"], system.config.model.window_lengths
+    if missing := {*config.windows, *system.config.windows} - ({*stored} & {*trained}):
+        raise ValueError(
+            f"No window of {', '.join(map(str, missing))}: {config.shards} holds {stored}, and the model takes "
+            f"{trained}. Choose among those of both by `windows`."
+        )
     encoder = make_encoder(config.queries, storage=config.storage) if config.queries else None
     audio = AudioFormat.of(manifest.spec, encoder.identity if encoder else "")
     if audio != system.audio:

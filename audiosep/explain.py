@@ -84,10 +84,17 @@ def render(
     described.insert(text["target_slot"], text["target"])
     sources = tuple(_source(number, each, folders) for number, each in enumerate(described))
     offsets = tuple(each["offset"] for each in described)
-    crops = [read_crop_at(source.clip, offset, config, storage) for source, offset in zip(sources, offsets)]
+    crops = [_crop(source.clip, offset, config, storage) for source, offset in zip(sources, offsets)]
     gains_db = tuple(each["gain_db"] for each in described[1:])
     recipe = Recipe(text["index"], text["index"], sources, gains_db, text["noise_gain_db"], text["target_slot"])
     return Rendered(recipe, sources, offsets, mix(crops[0], crops[1:], gains_db, text["noise_gain_db"]))
+
+
+def _crop(clip: Clip, offset: int, config: ClipConfig, storage: StorageConfig) -> np.ndarray:
+    try:
+        return read_crop_at(clip, offset, config, storage)
+    except Rejection as rejection:
+        raise Rejection(rejection.reason, f"{clip.location}: {rejection.detail}") from None
 
 
 def _source(number: int, described: dict[str, Any], folders: Sequence[str]) -> Source:

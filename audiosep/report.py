@@ -206,7 +206,7 @@ def compose(store: Store, manifest: Manifest, survey: Survey, examples: Sequence
             "captions seen": f"{len(survey.captions):,}",
             "recordings heard": f"{len(survey.recordings):,}",
             f"in {manifest.num_shards:,} shards": f"{manifest.tar_bytes.sum() / 1e9:,.2f} GB",
-            "clips rejected": f"{sum(manifest.rejected.values()):,}",
+            "times a clip was rejected": f"{sum(manifest.rejected.values()):,}",
         }
     )
     if survey.num_samples < manifest.num_samples:
@@ -358,7 +358,8 @@ article ul {{ margin: 2px 0 6px; padding-left: 18px; font-size: 13px }}
 table {{ border-collapse: collapse; font-size: 13px; margin-top: 12px }}
 td, th {{ text-align: left; padding: 4px 16px 4px 0; vertical-align: top; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere }}
-.facts td:first-child {{ color: var(--soft); white-space: nowrap }}
+th, td:not(:last-child) {{ white-space: nowrap }}
+.facts td:first-child {{ color: var(--soft) }}
 </style></head><body><main>
 <h1>{title}</h1>
 <p class="digest">manifest {digest}, spec {spec_digest}</p>

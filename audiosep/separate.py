@@ -1,6 +1,7 @@
 """`audiosep separate`: from a recording of any length, rate and channel count the sounds that a query describes."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def separate_file(path: str | Path, config: SeparateConfig) -> None:
     """Write what the query describes in an audio file to `config.output`."""
+    store, name = open_object(config.output, config.storage)
+    file_format = Path(name).suffix[1:].upper()
+    if file_format not in soundfile.available_formats():
+        raise ValueError(f"{config.output} has no name of an audio file, such as estimate.wav or estimate.flac.")
     system = load_system(config.checkpoint, config.storage)
-    system.to(Fabric(accelerator=config.accelerator, devices=1).device)
+    system.to(device_of(config.accelerator))
     condition = torch.from_numpy(encoder_of(system, config.queries, config.storage).encode([config.query])[0])
     mixture, sample_rate = read_audio(path)
     resampled = soxr.resample(mixture, sample_rate, system.audio.sample_rate)
@@ -57,16 +62,35 @@ def separate_file(path: str | Path, config: SeparateConfig) -> None:
     estimate = soxr.resample(estimate, system.audio.sample_rate, sample_rate)
     whole = np.zeros_like(mixture)  # resampling there and back may miss the length by a sample
     whole[: len(estimate)] = estimate[: len(whole)]
-    store, name = open_object(config.output, config.storage)
+    peak = float(np.abs(whole).max())
+    if peak > 1:
+        whole /= peak  # files of integers would clip it
     sound = io.BytesIO()
-    soundfile.write(sound, whole, sample_rate, format=Path(name).suffix[1:])
+    try:
+        soundfile.write(sound, whole, sample_rate, format=file_format)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"{config.output} can't be written with {sample_rate} Hz and {whole.shape[1]} channels, as a .wav can: "
+            f"{error.error_string}"
+        ) from None
     store.write(name, sound.getbuffer())
+    print(f"wrote {config.output}" + (f", scaled by {1 / peak:.3f}: its peak was {peak:.3f}" if peak > 1 else ""))
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The device of one of Lightning's accelerators. Raises ValueError for one that is not here."""
+    warnings.filterwarnings("ignore", ".*The `srun` command is available")
+    try:
+        return Fabric(accelerator=accelerator, devices=1).device
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"accelerator is {accelerator!r}: {error}") from None
 
 
 def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
     """Float32 [L, channels] and the sample rate; ValueError for what is no audio, empty or not finite."""
     try:
-        waveform, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with open(path, "rb") as file:  # by ourselves, so that a missing file and one that is no audio are told apart
+            waveform, sample_rate = soundfile.read(file, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} cannot be read as audio: {error.error_string}") from None
     if not len(waveform) or not np.isfinite(waveform).all():

@@ -160,7 +160,7 @@ class SeparationSystem(pl.LightningModule):
             mixture, segment = batch.mixture[window], batch.segment[window]
             if self.config.phase == "mixture" and mixture.is_complex():
                 mixture, segment = mixture.abs(), segment.abs()
-            losses.append(self._loss(self._estimate(mixture, _condition(batch)), segment))
+            losses.append(self._loss(self._estimate(mixture, self._condition(batch)), segment))
         return torch.stack(losses).mean()
 
     def configure_optimizers(self) -> Any:
@@ -215,7 +215,7 @@ class SeparationSystem(pl.LightningModule):
     def estimate(self, batch: Batch, windows: tuple[int, ...] = ()) -> Tensor:
         """The estimated waveforms [B, C, L] for a batch of complex spectrograms; `windows`: by default as trained."""
         mixtures = {window: batch.mixture[window] for window in windows or self.config.windows}
-        return self.separate(mixtures, _condition(batch), int(batch.lengths[0]))
+        return self.separate(mixtures, self._condition(batch), int(batch.lengths[0]))
 
     def target_and_mixture(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Their waveforms [B, C, L], from a batch of complex spectrograms."""
@@ -224,6 +224,16 @@ class SeparationSystem(pl.LightningModule):
             istft(batch.segment[window], window, hop_length, length),
             istft(batch.mixture[window], window, hop_length, length),
         )
+
+    def _condition(self, batch: Batch) -> Tensor:
+        assert batch.condition is not None, "Batches encodes what shards do not store"
+        size, expected = batch.condition.shape[-1], self.config.model.condition_size
+        if size != expected:
+            raise ValueError(
+                f"Conditions have {size} values, those of {self.audio.query_encoder}, but the model takes {expected}: "
+                f"set system.model.condition_size to {size}."
+            )
+        return batch.condition
 
     # Checkpoints
 
@@ -236,15 +246,22 @@ class SeparationSystem(pl.LightningModule):
         A run is one Lightning epoch: what is left of it comes from the loader's own state, for any number of ranks
         and any batch size (datamodule.py). Lightning's counters of batches would be wrong for another number."""
         del checkpoint["loops"]
+        now = {"system.model": plain(self.config.model), "data": asdict(self.audio)}
+        for what, kept in (("system.model", checkpoint["config"]["model"]), ("data", checkpoint["audio"])):
+            changed = [
+                f"{what}'s {name} was {kept[name]!r} and is now {value!r}"
+                for name, value in now[what].items()
+                if name in kept and kept[name] != value and name != "norm_momentum"
+            ]
+            if changed:
+                raise ValueError(
+                    f"The last checkpoint is of another run: {'; '.join(changed)}. Its weights would not fit. Change "
+                    "this back, or give another root."
+                )
         steps, loop = checkpoint["global_step"], self.trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
         loop.batch_progress.total.ready = steps * self.trainer.accumulate_grad_batches
         loop._batches_that_stepped = steps  # the step that loggers are told
-
-
-def _condition(batch: Batch) -> Tensor:
-    assert batch.condition is not None, "Batches encodes what shards do not store"
-    return batch.condition
 
 
 def scores(estimate: Tensor, target: Tensor, mixture: Tensor) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiosep.checkpoints import load_released, read_checkpoint, write_checkpoint
 from audiosep.config import command_parser, load_config
@@ -63,9 +64,12 @@ class TrainerConfig:
     ] = None
     checkpoint_steps: Annotated[int, Field(gt=0, description="steps from one last.ckpt to the next")] = 1000
     validate_steps: Annotated[int, Field(gt=0, description="steps from one validation to the next")] = 1000
-    monitor: Annotated[str, Field(description="validation figure that best.ckpt and early stopping go by")] = (
-        "valid/loss"
-    )
+    monitor: Annotated[
+        Literal["valid/loss", "valid/sdr", "valid/sdri", "valid/si_sdr", "valid/si_sdri"],
+        Field(
+            description="validation figure that best.ckpt and early stopping go by; all but the first: complex shards"
+        ),
+    ] = "valid/loss"
     patience: Annotated[
         int | None, Field(gt=0, description="validations without a better figure that end the run; none: go on")
     ] = None
@@ -98,6 +102,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if "://" in self.logs:
             raise ValueError(f"logs is {self.logs}, but TensorBoard appends to its files: name a local folder.")
+        if self.trainer.patience and not self.data.valid:
+            raise ValueError("trainer.patience counts validations, and data.valid is empty: name a data set there.")
 
     @property
     def log_folder(self) -> Path:
@@ -142,6 +148,7 @@ def train(config: TrainConfig) -> int:
     """Train from the beginning or the last checkpoint to the end, or until a signal; returns the exit status."""
     quieten()
     system, data = build(config)
+    check_monitor(config, data)
     last, storage = config.checkpoint(LAST), config.data.storage
     store, name = open_object(last, storage)
     checkpoint = read_checkpoint(last, storage) if store.size(name) is not None else {}
@@ -161,7 +168,20 @@ def train(config: TrainConfig) -> int:
         if not is_away(error) or trainer.global_step == first_step:  # it never worked: a mistake, not an outage
             raise
         return put_off(error)
+    if keeper.stopped and trainer.is_global_zero:
+        step = trainer.global_step
+        print(f"\nStopped by a signal at step {step}; the same command goes on from {last}.", file=sys.stderr)
     return STOPPED if keeper.stopped else DONE
+
+
+def check_monitor(config: TrainConfig, data: ShardDataModule) -> None:
+    """Raise ValueError now, not at the first validation, for a figure that there will not be."""
+    valid, monitor = config.data.valid, config.trainer.monitor
+    if valid and monitor != "valid/loss" and data.manifest(valid).spec["shards"]["representation"] != "complex":
+        raise ValueError(
+            f"trainer.monitor is {monitor!r}, but {valid} stores magnitudes, and validation on them gives valid/loss "
+            "alone. Name that, or precompute it with shards.representation: complex."
+        )
 
 
 def is_away(error: OSError) -> bool:
@@ -236,28 +256,33 @@ def make_trainer(config: TrainConfig, data: ShardDataModule, keeper: "LastCheckp
     plugins: list[Any] = [StoredCheckpoints(config.data.storage)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # the job's script requeues it, by our exit status
-    return pl.Trainer(
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        precision=trainer.precision,
-        sync_batchnorm=trainer.sync_batchnorm,
-        deterministic=trainer.deterministic,
-        max_epochs=1,
-        max_steps=trainer.max_steps,
-        accumulate_grad_batches=trainer.accumulate_batches,
-        check_val_every_n_epoch=None,
-        val_check_interval=trainer.validate_steps * trainer.accumulate_batches,
-        num_sanity_val_steps=0,
-        log_every_n_steps=trainer.log_steps,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,  # by Lightning itself
-        logger=TensorBoardLogger(logs.parent, name="", version=logs.name),
-        default_root_dir=logs,
-        callbacks=[*callbacks, keeper],
-        plugins=plugins,
-    )
+    try:
+        return pl.Trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            precision=trainer.precision,
+            sync_batchnorm=trainer.sync_batchnorm,
+            deterministic=trainer.deterministic,
+            max_epochs=1,
+            max_steps=trainer.max_steps,
+            accumulate_grad_batches=trainer.accumulate_batches,
+            check_val_every_n_epoch=None,
+            val_check_interval=trainer.validate_steps * trainer.accumulate_batches,
+            num_sanity_val_steps=0,
+            log_every_n_steps=trainer.log_steps,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,  # by Lightning itself
+            logger=TensorBoardLogger(logs.parent, name="", version=logs.name),
+            default_root_dir=logs,
+            callbacks=[*callbacks, keeper],
+            plugins=plugins,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(
+            f"trainer.accelerator {trainer.accelerator} with trainer.devices {trainer.devices}: {error}"
+        ) from None
 
 
 class Progress(TQDMProgressBar):
@@ -374,13 +399,7 @@ class BestCheckpoint(Callback):
                 self._best = kept.get(self.state_key, self.state_dict())["best"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        figures = trainer.callback_metrics
-        if self._monitor not in figures:
-            validated = ", ".join(name for name in figures if name.startswith("valid/"))
-            raise ValueError(
-                f"trainer.monitor is {self._monitor!r}, but validation gives {validated}: name one of them."
-            )
-        score = self._sign * float(figures[self._monitor])
+        score = self._sign * float(trainer.callback_metrics[self._monitor])
         if trainer.strategy.broadcast(score > self._best):
             self._best = score
             trainer.save_checkpoint(self._path)

@@ -1,6 +1,7 @@
 """Batches from sealed data sets, in an exact order, by threads that fill reused memory ahead of the consumer."""
 
 import logging
+import math
 import os
 import time
 import weakref
@@ -344,6 +345,8 @@ def _open(
     sources = list(source) if isinstance(source, Mapping | Sequence) and not isinstance(source, str) else [source]
     if not sources:
         raise ValueError("There is no data set to read: the list of sources is empty.")
+    if isinstance(source, Mapping) and not all(0 < weight < math.inf for weight in source.values()):
+        raise ValueError(f"The weights of data sets must be positive numbers, not {list(source.values())}.")
     readers = []
     for item in sources:
         store = open_store(item.url if isinstance(item, Manifest) else item, storage)

@@ -94,7 +94,13 @@ def test_files_that_would_run_code_or_are_damaged_are_refused(tmp_path: Path, na
     export(narrow, tmp_path / "cut.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "cut.ckpt").read_bytes()[:-100])
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    for name in ("bomb", "cut", "text"):
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    export(narrow, tmp_path / "flipped.ckpt")
+    data = bytearray((tmp_path / "flipped.ckpt").read_bytes())
+    data[len(data) // 2] ^= 1  # in a tensor
+    (tmp_path / "flipped.ckpt").write_bytes(data)
+    (tmp_path / "short.ckpt").write_bytes(data[:3000])
+    for name in ("bomb", "cut", "text", "empty", "flipped", "short"):
         with pytest.raises(ValueError, match=f"{name}.ckpt cannot be read"):
             read_checkpoint(tmp_path / f"{name}.ckpt")
     assert not (tmp_path / "ran").exists()

@@ -55,6 +55,13 @@ def test_a_trained_model_against_baselines_with_known_results(trained: Path, cap
 def test_what_cannot_be_evaluated_is_refused(trained: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="stores magnitudes"):
         main(arguments(trained, shards=f"{trained}/train"))
+    with pytest.raises(ValueError, match=r"No window of 32: .* holds \[64\], and the model takes \(64,\)"):
+        main([*arguments(trained), "--windows", "[32]"])
+    with pytest.raises(ValueError, match=r"accelerator is 'nope': "):
+        main([*arguments(trained), "--accelerator", "nope"])
+    make_shards(tmp_path / "bare", 20, "complex", encoder=None)
+    with pytest.raises(ValueError, match=r"stores no conditions: set queries\.encoder"):
+        main(arguments(trained, shards=f"{tmp_path}/bare"))
     make_shards(tmp_path / "other", 20, "complex", encoder="test:other")
     with pytest.raises(ValueError, match=r"test:other.*was trained for"):
         main(arguments(trained, shards=f"{tmp_path}/other"))

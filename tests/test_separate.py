@@ -80,4 +80,27 @@ def test_another_encoder_and_what_is_no_audio_are_refused(tmp_path: Path, monkey
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 8000, subtype="FLOAT")
     with pytest.raises(ValueError, match="not all of them finite"):
         main([str(tmp_path / "nan.wav"), *words])
+    with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
+        main([str(tmp_path / "missing.wav"), *words])
     assert not (tmp_path / "out.wav").exists()
+
+
+def test_no_sound_is_clipped_and_no_format_found_out_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint = save(identity(), tmp_path)
+    encoder = SimpleNamespace(identity="test:tones", encode=lambda queries: np.ones((1, 4), np.float32))
+    monkeypatch.setattr(separate, "make_encoder", lambda *_, **__: encoder)
+    mixture = 3 * np.sin(np.arange(96_000) / 20)
+    soundfile.write(tmp_path / "loud.wav", mixture, 96_000, subtype="FLOAT")
+    words = [str(tmp_path / "loud.wav"), "--query", "a tone", "--checkpoint", str(checkpoint), "--accelerator", "cpu"]
+    assert main([*words, "--output", str(tmp_path / "out.flac")]) == 0
+    assert "out.flac, scaled by 0.3" in capsys.readouterr().out
+    estimate, _ = soundfile.read(tmp_path / "out.flac")
+    inner = slice(5000, -5000)
+    assert np.corrcoef(estimate[inner], mixture[inner])[0, 1] > 0.999
+    with pytest.raises(ValueError, match=r"out\.mp3 can't be written with 96000 Hz and 1 channels"):
+        main([*words, "--output", str(tmp_path / "out.mp3")])
+    for name in ("out.m4a", "out"):
+        with pytest.raises(ValueError, match=rf"{name} has no name of an audio file"):
+            main([*words[:-4], "--checkpoint", "not looked at", "--output", str(tmp_path / name)])

@@ -88,7 +88,7 @@ def test_killed_in_mid_epoch_ends_in_the_same_weights_with_each_sample_once(tmp_
     assert all(len(keys) == len(set(keys)) == 96 for keys in epochs.values())
 
 
-def test_a_stop_signal_saves_the_step_and_says_so(tmp_path: Path, shards: Path):
+def test_a_stop_signal_saves_the_step_and_says_so(tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]):
     config = settings(tmp_path / "run", shards, max_epochs=10_000, checkpoint_steps=10**6)
     config["data"]["ledger"] = str(tmp_path / "ledger")
     process = start(tmp_path / "config.yaml", config)
@@ -96,6 +96,8 @@ def test_a_stop_signal_saves_the_step_and_says_so(tmp_path: Path, shards: Path):
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
     state = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    told = f"Stopped by a signal at step {state['global_step']}; the same command goes on from "
+    assert told in capfd.readouterr().err
     place = state["ShardDataModule"]
     assert place["epoch"] * 12 * 8 + place["samples"] == state["global_step"] * 8 == num_served(tmp_path / "ledger") * 8
 
@@ -274,8 +276,41 @@ def test_after_a_restart_best_is_replaced_by_nothing_worse(tmp_path: Path, shard
         config["trainer"]["max_steps"] = max_steps
         assert train(config_of(config)) == 0
         assert (best.read_bytes() != before) == replaced
-    with pytest.raises(ValueError, match=r"monitor is 'valid/si_sdr', but validation gives valid/loss: name"):
-        train(config_of(settings(tmp_path / "other", shards, shards, validate_steps=1, monitor="valid/si_sdr")))
+
+
+def test_mistakes_are_told_before_the_first_step(tmp_path: Path, shards: Path):
+    def fails(match: str, model: dict | None = None, data: dict | None = None, **trainer: object) -> None:
+        config = settings(tmp_path / "run", shards, shards, max_steps=2, **trainer)
+        config["system"]["model"] |= model or {}
+        config["data"] |= data or {}
+        with pytest.raises(ValueError, match=match):
+            train(config_of(config))
+        assert not list(tmp_path.glob("run/checkpoints/*"))
+
+    fails("'valid/si_sdr', but .* stores magnitudes, .* gives valid/loss", monitor="valid/si_sdr")
+    fails("trainer.monitor: Input should be 'valid/loss'", monitor="valid/los")
+    fails("trainer.patience counts validations", data={"valid": ""}, patience=3)
+    fails("Conditions have 4 values, those of test:tones, but the model takes 5", model={"condition_size": 5})
+    fails("trainer.accelerator cpu with trainer.devices 0: ", devices=0)
+    fails("data.train names no data set", data={"train": {}})
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        fails("weights of data sets must be positive", data={"train": {str(shards): weight}})
+
+
+def test_a_run_goes_on_only_with_its_own_model(tmp_path: Path, shards: Path):
+    config = settings(tmp_path / "run", shards, max_steps=1)
+    assert train(config_of(config)) == 0
+    before = weights(tmp_path / "run")
+    config["trainer"]["max_steps"] = 2
+    for name, value in (("widths", [4, 4]), ("condition_size", 5)):
+        changed = config | {"system": config["system"] | {"model": config["system"]["model"] | {name: value}}}
+        with pytest.raises(ValueError, match=rf"system\.model's {name} was .* and is now"):
+            train(config_of(changed))
+    other = make_shards(tmp_path / "other", 20, encoder="test:other")
+    with pytest.raises(ValueError, match="data's query_encoder was 'test:tones' and is now 'test:other'"):
+        train(config_of(config | {"data": config["data"] | {"train": str(other)}}))
+    assert_equal(weights(tmp_path / "run"), before)
+    assert train(config_of(config)) == 0
 
 
 def test_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]):

@@ -139,7 +139,8 @@ def _states(job_ids: list[str]) -> dict[str, str]:
         rows += slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(job_ids), "-o", "JobID,State").splitlines()
     queue = slurm_command("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r").splitlines()
     for job, state, reason in (row.split("|", 2) for row in queue):  # newer, so it wins
-        rows.append(f"{job}|{state} ({reason})" if state == "PENDING" else f"{job}|{state}")
+        told = state in ("PENDING", "CANCELLED") and reason != "None"
+        rows.append(f"{job}|{state} ({reason})" if told else f"{job}|{state}")
     states = dict(row.split("|", 1) for row in rows)
     return {
         task: state

@@ -178,6 +178,7 @@ def test_a_shard_that_never_succeeds_ends_the_run_with_its_name(
     failed = {failure["task"]: failure for failure in status["failures"]}
     assert f"{ids['precompute-demo-2']}_1" in failed
     assert any("bad.wav" in line for line in failed[ids["seal-demo-2"]]["tail"])
+    assert failed[ids["train-1"]]["state"] == "CANCELLED (DependencyNeverSatisfied)"
 
 
 def test_last_words_are_of_the_split_itself_and_of_a_killed_task_how_its_log_ends(

@@ -11,6 +11,8 @@ import sys
 import tarfile
 import textwrap
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -310,13 +312,22 @@ def test_a_stuck_read_is_an_error_that_names_the_tar(foreign, stuck, num_workers
 def test_an_interrupt_comes_through_a_stuck_read(stuck, blocked):
     """Also when it does not wake the main thread, as if it came right before that began to wait."""
     batches = iter(SequentialLoader(stuck, batch_size=1))
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            next(batches)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def interrupt():
+        writer = os.open(stuck, os.O_WRONLY)  # as soon as it is being read
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        return writer
+
+    with ThreadPoolExecutor(1) as pool:
+        interrupting = pool.submit(interrupt)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                next(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    os.close(interrupting.result())
 
 
 def test_a_process_ends_though_a_read_is_stuck(stuck):

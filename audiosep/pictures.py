@@ -1,5 +1,6 @@
 """Pictures: spectrograms side by side, and a training run's loss curve."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from audiosep.stft import stft
 
 DYNAMIC_RANGE_DB = 80.0
+MAX_TITLE = 120  # characters, or the spectrograms would have no room
 WINDOW_LENGTH, HOP_LENGTH = 1024, 256
 
 
@@ -31,7 +33,8 @@ def spectrogram_figure(waveforms: Mapping[str, np.ndarray], sample_rate: int, ti
         axes.set(title=name, xlabel="time (s)")
     figure.axes[0].set_ylabel("frequency (kHz)")
     figure.colorbar(image, ax=figure.axes, label="level (dB)")
-    figure.suptitle(title)
+    # Captions are no formulas: matplotlib would read "$...$" as one, and fail where it is none.
+    figure.suptitle(textwrap.shorten(title, MAX_TITLE, placeholder=" ..."), parse_math=False)
     return figure
 
 

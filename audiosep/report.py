@@ -42,9 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--clips", action="append", help="where the clips are now, once for each catalogue file")
     parser.add_argument("--options", default="{}", help='storage options as JSON: {"endpoint": "https://..."}')
     options = parser.parse_args(arguments)
+    if options.samples < 1 or options.examples < 0:
+        raise ValueError(f"--samples {options.samples} must be positive, --examples {options.examples} not negative.")
     storage = storage_options(options.options)
     store = open_store(options.root, storage)
     manifest = open_manifest(store)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     survey, examples = look(manifest, storage, min(options.samples, manifest.num_samples), options.examples)
     folders = options.clips or (folders_of(store) if store.size("origin.json") is not None else [])
     page = "".join(compose(store, manifest, survey, [show(*each, manifest, folders, storage) for each in examples]))
@@ -146,15 +149,18 @@ def show(batch: Batch, row: int, manifest: Manifest, folders: Sequence[str], sto
     for source in info["interferers"]:
         details = f"{source.get('gain_db', 0):+d} dB, {source['clip']}"
         others += f"<li>{html.escape(source['caption'])} <small>{html.escape(details)}</small></li>"
+    silence = f"<p>{html.escape(audio['none'])}</p>" if "none" in audio else ""
     origin = f"<small>sample {batch.keys[row]}, {html.escape(info['target']['clip'])}</small>"
     heading = f"<h3>{html.escape(info['text'])}</h3>"
-    return f'<article>{heading}<div class="panels">{panels}</div><p>beside</p><ul>{others}</ul>{origin}</article>'
+    sources = f"<p>beside</p><ul>{others}</ul>{origin}"
+    return f'<article>{heading}<div class="panels">{panels}</div>{silence}{sources}</article>'
 
 
 def _audio(
     batch: Batch, row: int, spec: Mapping[str, Any], folders: Sequence[str], storage: StorageConfig
 ) -> dict[str, str]:
-    """Mixture and target as data URLs: from complex spectrograms, else made again from the clips if they are there."""
+    """Mixture and target as data URLs: from complex spectrograms, else made again from the clips; or why there are
+    none."""
     window = min(batch.mixture)
     if batch.mixture[window].is_complex():
         length, hop_length = int(batch.lengths[row]), spec["stft"]["hop_length"]
@@ -164,8 +170,8 @@ def _audio(
     else:
         try:
             rendered = render(batch.info[row], spec, folders, storage)
-        except (Rejection, ValueError, OSError):
-            return {}
+        except (Rejection, ValueError, OSError) as error:
+            return {"none": f"No players: {error}. Say where the clips are now with --clips FOLDER."}
         mixture, target = rendered.mixed.mixture, rendered.segment
     return {"mixture": _ogg(mixture, batch.info[row]), "target": _ogg(target, batch.info[row])}
 

@@ -59,10 +59,19 @@ def test_the_page_is_whole_and_alone(tmp_path, representation):
 
 def test_without_the_clips_there_are_pictures_and_no_players(tmp_path):
     make(tmp_path)
-    assert main([str(tmp_path / "root"), "-o", str(tmp_path / "r.html"), "--clips", str(tmp_path / "nowhere")]) == 0
-    text = (tmp_path / "r.html").read_text()
+    page = tmp_path / "new" / "r.html"
+    assert main([str(tmp_path / "root"), "-o", str(page), "--clips", str(tmp_path / "nowhere")]) == 0
+    text = page.read_text()
     assert "<audio" not in text
+    assert text.count("No players: missing: ") == 6
     assert text.count("<img") == 12
+
+
+@pytest.mark.parametrize("option", ["--samples=0", "--examples=-1"])
+def test_numbers_out_of_range_are_named(tmp_path, option):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=r"--samples .* must be positive"):
+        main([str(tmp_path / "root"), option])
 
 
 def test_levels_are_those_of_the_waveforms(tmp_path):

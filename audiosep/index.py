@@ -31,25 +31,33 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     storage = storage_options(options.options)
     tars = [tar for pattern in options.tars for tar in braceexpand(pattern)]
-    num_clips = num_silent = 0
-    with open(options.output, "w", encoding="utf-8") as catalogue:
+    num_clips = num_silent = num_soundless = 0
+    partial = f"{options.output}.partial"  # no catalogue of some of the tars stands under the name
+    with open(partial, "w", encoding="utf-8") as catalogue:
         for tar in progress(tars, unit="tar", desc="index"):
             path = tar if "://" in tar else os.path.relpath(tar, os.path.dirname(options.output) or ".")
             for row in index_tar(tar, storage):
-                if row.get("captions"):
+                if "path" not in row:
+                    num_soundless += 1
+                elif row.get("captions"):
                     row["path"] = f"{path}#{row['path']}"
                     catalogue.write(json.dumps(row, ensure_ascii=False) + "\n")
                     num_clips += 1
                 else:
                     num_silent += 1
-    print(f"wrote {options.output}: {num_clips} clips of {len(tars)} tars; {num_silent} without a caption left out")
+    os.replace(partial, options.output)
+    print(
+        f"wrote {options.output}: {num_clips} clips of {len(tars)} tars; left out: {num_silent} without a caption, "
+        f"{num_soundless} keys without audio ({', '.join(AUDIO_SUFFIXES)})"
+    )
     return 0
 
 
 def index_tar(tar: str, storage: StorageConfig) -> Iterator[dict[str, Any]]:
-    """A catalogue row for each audio member of a tar, with the captions that stand beside it.
+    """A catalogue row for each key of a tar, with the captions that stand beside its audio; without `path` if there is
+    none.
 
-    Raises ValueError for a tar that is damaged, naming it and the offset."""
+    Raises ValueError for a tar that is damaged, naming it and the offset, or whose JSON or text can't be read."""
     folder, _, name = tar.rpartition("/")
     source = cast(BinaryIO, io.BufferedReader(_StoreFile(open_store(folder or ".", storage), name), READ_AHEAD_BYTES))
     row: dict[str, Any] = {}
@@ -58,18 +66,23 @@ def index_tar(tar: str, storage: StorageConfig) -> Iterator[dict[str, Any]]:
             stem, _, suffix = PurePosixPath(member.name).name.partition(".")
             key = str(PurePosixPath(member.name).parent / stem)
             if key != row.get("key"):
-                if "path" in row:
+                if row:
                     yield _finished(row)
                 row = {"key": key}
             if suffix.lower() in AUDIO_SUFFIXES:
                 row |= {"path": member.name, "byte_offset": member.offset, "byte_size": member.size}
-            elif suffix == "json":
-                row |= _facts(json.loads(_read(source, member)))
-            elif suffix == "txt":
-                row.setdefault("captions", [_read(source, member).decode().strip()])
+            elif suffix in ("json", "txt"):
+                data = _read(source, member)
+                try:
+                    if suffix == "json":
+                        row |= _facts(json.loads(data))
+                    else:
+                        row.setdefault("captions", [data.decode().strip()])
+                except ValueError as error:
+                    raise ValueError(f"{member.name}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{tar}: {error}") from None
-    if "path" in row:
+    if row:
         yield _finished(row)
 
 
@@ -79,6 +92,8 @@ def _finished(row: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(described: dict[str, Any]) -> dict[str, Any]:
     """What a clip's JSON says that catalogues know of; `original_data` is LAION's."""
+    if not isinstance(described, dict):
+        raise ValueError(f"its JSON is {str(described)[:60]!r}, no object")
     original = described.get("original_data")
     everything = {**(original if isinstance(original, dict) else {}), **described}
     found: Any = next((everything[name] for name in CAPTION_KEYS if everything.get(name)), [])

@@ -38,12 +38,13 @@ def write_tars(folder):
         for i in range(3, 5):
             sink.write({"__key__": f"sub/clip{i}", "flac": flac(i), "txt": f"sound {i}\n"})
         sink.write({"__key__": "mute", "flac": flac(9)})
+        sink.write({"__key__": "unknown", "m4a": flac(9), "txt": "of another kind"})
 
 
 def test_members_of_tars_become_clips(tmp_path, capsys):
     write_tars(tmp_path)
     assert main([str(tmp_path / "a-{00..01}.tar"), "-o", str(tmp_path / "catalogue.jsonl")]) == 0
-    assert "5 clips of 2 tars; 1 without a caption" in capsys.readouterr().out
+    assert "5 clips of 2 tars; left out: 1 without a caption, 1 keys without audio (flac, " in capsys.readouterr().out
     catalogue = read_catalogue(str(tmp_path / "catalogue.jsonl"), check_files=True)
     assert [catalogue.clip(i).captions[0] for i in range(5)] == ["first 0", "first 1", "first 2", "sound 3", "sound 4"]
     assert catalogue.clip(0).captions == ("first 0", "second 0")
@@ -87,6 +88,18 @@ def test_a_damaged_tar_is_named(tmp_path):
         main([str(tmp_path / "a-00.tar"), "-o", str(tmp_path / "catalogue.jsonl")])
     with pytest.raises(FileNotFoundError, match=r"none\.tar does not exist"):
         main([str(tmp_path / "none.tar"), "-o", str(tmp_path / "catalogue.jsonl")])
+
+
+@pytest.mark.parametrize(("suffix", "data"), [("json", b"[1]"), ("json", b'{"text": '), ("txt", b"caf\xe9")])
+def test_what_describes_no_clip_is_named_and_leaves_no_catalogue(tmp_path, suffix, data):
+    write_tars(tmp_path)
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        member = tarfile.TarInfo(f"x.{suffix}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match=rf"b\.tar: x\.{suffix}: "):
+        main([str(tmp_path / "a-00.tar"), str(tmp_path / "b.tar"), "-o", str(tmp_path / "catalogue.jsonl")])
+    assert not (tmp_path / "catalogue.jsonl").exists()
 
 
 def test_old_tars_by_tarfile_are_read_too(tmp_path):

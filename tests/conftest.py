@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import signal
+
 import pytest
 from hypothesis import settings
 
@@ -7,6 +9,7 @@ pytest_plugins = ["servers", "slurm_lab"]  # the fixtures s3_server, http_server
 
 settings.register_profile("patient", deadline=None)  # on a busy machine any step may take a second
 settings.load_profile("patient")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and theirs, ignore
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -41,9 +41,8 @@ def test_a_mistyped_option_is_named_without_its_value(
 
 
 def test_a_setting_with_spaces_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = errors(
-        audiosep.cli.main, ["separate", "--query=a saw", "x.wav", f"--checkpoint={tmp_path}/no ne"], capsys
-    )
+    words = ["separate", "--query=a saw", "x.wav", f"--checkpoint={tmp_path}/no ne", f"--output={tmp_path}/saw.wav"]
+    printed = errors(audiosep.cli.main, words, capsys)
     assert f"{tmp_path}/no ne" in printed
 
 

@@ -169,7 +169,8 @@ def _render_in_processes(
     context = multiprocessing.get_context("spawn")
     waiting = deque(indices)
     workers: dict[Connection, tuple[BaseProcess, int | None]] = {}  # at the parent's end of a pipe: who, at which shard
-    with tempfile.TemporaryDirectory(prefix="audiosep-") as folder:
+    temporary = tempfile.TemporaryDirectory(prefix="audiosep-")
+    with temporary as folder:
         dataset.catalogue.save(Path(folder))
         resource_tracker.ensure_running()  # now, because starting it unblocks signals
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # also in the new processes, until they have handlers
@@ -181,7 +182,7 @@ def _render_in_processes(
                 theirs.close()
                 workers[ours] = process, None
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            num_failures = 0
+            num_starting, num_failures = num_processes, 0
             while workers and (waiting or any(index is not None for _, index in workers.values())):
                 request.check()
                 for pipe in wait(list(workers), timeout=0.2):
@@ -199,7 +200,11 @@ def _render_in_processes(
                     if message is None:
                         bar.update()
                         continue
-                    if index is not None:
+                    if message == READY:
+                        num_starting -= 1
+                        if num_starting == 0:  # all have mapped the catalogue: from here on a kill leaves nothing
+                            temporary.cleanup()
+                    elif index is not None:
                         yield index, message
                         num_failures += isinstance(message, str)
                         if num_failures >= MAX_FAILURES * num_processes:

@@ -142,6 +142,20 @@ def test_ctrl_c_while_processes_start_is_one_line(tmp_path, catalogue):
     assert "Traceback" not in errors
 
 
+def test_a_killed_run_leaves_nothing_in_the_temporary_folder(tmp_path, catalogue):
+    config = write_config(tmp_path / "config.yaml", tmp_path / "root", catalogue, shards={"passes": 100})
+    command = [sys.executable, "-m", "audiosep.cli", "precompute", "--config", config, "--num_processes", "2"]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(temporary)})
+    while any(temporary.iterdir()) or not any((tmp_path / "root").glob("shard-*.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not any(temporary.iterdir())
+    assert len(list((tmp_path / "root").glob("shard-*.json"))) < 300  # there would have been more to do
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("num_processes", ["1", "2"])
 def test_a_signal_stops_within_seconds_and_the_next_run_completes(tmp_path, catalogue, number, num_processes):

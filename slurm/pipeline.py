@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from slurm.config import as_yaml
+from slurm.config import as_yaml, load_config
 from slurm.job import STOPPED, Resources, check_resources, render, step, with_status
 from slurm.status import last_words
 from slurm.submit import (
@@ -107,7 +107,7 @@ def finish(folder: str, split: str, attempt: int, rounds_left: int) -> int:
     """What a sealing job does: 0 sealed; 75 the next round is in the queue; 1 given up, with the missing shards named.
 
     Jobs that wait for this sealing job wait for the next one instead. Started twice, it does not submit twice."""
-    run = Run.open(folder, f"seal-{split}-{attempt}.yaml")
+    run = Run(load_config(Path(folder, f"seal-{split}-{attempt}.yaml")))
     file = run.folder / f"precompute-{split}-{attempt}.yaml"
     plan = read_plan(run, file)
     if not plan.unfinished:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from slurm.config import SlurmConfig, as_yaml, load_config
+from slurm.config import SlurmConfig
 from slurm.job import check_script
 
 
@@ -61,14 +61,10 @@ class Submission:
 
 @dataclass(frozen=True)
 class Run:
-    """The run folder: config.yaml, one .sbatch and its files for each job, jobs.jsonl, logs/."""
+    """The run folder: one .sbatch and its files for each job, jobs.jsonl, logs/."""
 
     config: SlurmConfig
     dry_run: bool = False  # jobs are only shown, and no data set is begun
-
-    @classmethod
-    def open(cls, folder: str | Path, config: str = "config.yaml") -> "Run":
-        return cls(load_config(Path(folder) / config))
 
     @property
     def folder(self) -> Path:
@@ -115,7 +111,6 @@ def submit(run: Run, jobs: Sequence[Job]) -> dict[str, str]:
     for job in jobs:
         check_script(job.script)
     run.log_folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(as_yaml(run.config))
     for job in jobs:
         for name, text in {**job.files, f"{job.name}.sbatch": job.script}.items():
             (run.folder / name).write_text(text)

@@ -20,6 +20,7 @@ from shards.storage import open_store
 from shards.store import StorageConfig, Store
 from shards.verify import read_sample
 from slurm.__main__ import main
+from slurm.config import load_config
 from slurm.submit import Run
 
 SHARDS = {"passes": 40, "samples_per_shard": 20}  # of 20 clips: 40 shards
@@ -98,7 +99,7 @@ def test_an_array_in_trouble_ends_sealed_with_the_same_bytes(
     assert main(["precompute", "--config", config, "--dry-run"]) == 0
     assert not list(store.list()), "a dry run begins nothing"
     assert main(["precompute", "--config", config]) == 0
-    trouble(cluster, tmp_path, Run.open(tmp_path / "run").submissions()[0].job_id, store)
+    trouble(cluster, tmp_path, Run(load_config(tmp_path / "slurm.yaml")).submissions()[0].job_id, store)
     cluster.wait_idle(240)
     found = {name: store.read(name) for name, _ in store.list()}
     assert found.keys() == expected.keys()
@@ -116,7 +117,11 @@ def test_a_poisoned_shard_ends_the_run_with_its_name_and_its_clip(
     assert main(["precompute", "--config", config]) == 0
     cluster.wait_idle(120)
     assert len([*(tmp_path / "root").glob("shard-*.json")]) == 9, "the rest is complete"
-    seals = {entry.name: entry.job_id for entry in Run.open(tmp_path / "run").submissions() if "seal" in entry.name}
+    seals = {
+        entry.name: entry.job_id
+        for entry in Run(load_config(tmp_path / "slurm.yaml")).submissions()
+        if "seal" in entry.name
+    }
     assert [*seals] == ["seal-demo-1", "seal-demo-2"]
     assert cluster.state(seals["seal-demo-2"]) == "FAILED"
     log = (tmp_path / "run" / "logs" / f"seal-demo-2-{seals['seal-demo-2']}.log").read_text()

@@ -12,6 +12,7 @@ import yaml
 from slurm_lab import Cluster, kill, processes
 
 from slurm.__main__ import main
+from slurm.config import load_config
 from slurm.submit import Run
 
 STANDIN = shlex.join([sys.executable, str(Path(__file__).parent / "slurm_lab" / "standin.py")])
@@ -34,7 +35,7 @@ def write_config(
 
 
 def job_ids(folder: Path) -> dict[str, str]:
-    return {entry.name: entry.job_id for entry in Run.open(folder / "run of it").submissions()}
+    return {entry.name: entry.job_id for entry in Run(load_config(folder / "slurm.yaml")).submissions()}
 
 
 def log_of(folder: Path, name: str) -> str:

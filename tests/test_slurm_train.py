@@ -22,6 +22,7 @@ from shards.storage import open_store
 from shards.store import StorageConfig
 from shards.tar import Sample
 from slurm.__main__ import main
+from slurm.config import load_config
 from slurm.submit import Run
 
 NUM_SAMPLES, BATCH_SIZE = 1920, 2  # batch size of each rank
@@ -131,7 +132,7 @@ def test_a_mistake_of_one_rank_ends_the_job_and_is_not_made_again(
 
 
 def job_of(folder: Path) -> str:
-    return Run.open(folder / "run").submissions()[-1].job_id
+    return Run(load_config(folder / "slurm.yaml")).submissions()[-1].job_id
 
 
 Session = list[dict[str, Any]]  # the header of one rank, then its batches

@@ -262,7 +262,7 @@ def test_a_job_that_may_not_requeue_itself_again_has_failed(
 ) -> None:
     config = write_config(tmp_path, num_shards=1, seconds=60.0, precompute={"max_rounds": 1, "max_restarts": 0})
     assert main(["precompute", "--config", config]) == 0
-    cluster.wait("the task's own process", lambda: processes("standin.py", str(tmp_path), "--shards"), 20)
+    cluster.wait("the task at work", lambda: "rendering" in log_of(tmp_path, "precompute-demo-1"), 20)
     cluster.run("scancel", "--signal=USR1", f"{job_ids(tmp_path)['precompute-demo-1']}_1")
     cluster.wait_idle(60)
     (tmp_path / "squeue").write_text("#!/bin/sh\n")

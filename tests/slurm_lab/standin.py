@@ -44,6 +44,7 @@ if sys.argv[4] == "--plan":
         )
     )
     sys.exit(0)
+print("rendering", flush=True)  # signals are taken from here on
 status = 0
 for index in map(int, sys.argv[-1].split(",")):
     end = time.monotonic() + config["seconds"]
